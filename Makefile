@@ -1,0 +1,59 @@
+# `make study` and `make test` are all a newcomer needs; each makes the environment (.venv) first.
+PYTHON ?= python3
+STUDY ?= studies/quick.yaml
+
+PY := .venv/bin/python
+export JUPYTER_PREFER_ENV_PATH := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+unexport PYTHONPATH
+unexport PYTHONHOME
+
+.PHONY: help install study test test-faults lint lab bench
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make study [STUDY=studies/quick.yaml]   run a study: executed notebooks and figures"
+	@echo "make test                               every test but the slow ones of make test-faults"
+	@echo "make test-faults                        tests with real kills and real full disks"
+	@echo "make lab                                JupyterLab on the notebooks"
+	@echo "make lint                               ruff: lint and format"
+	@echo "make bench                              speed against other implementations"
+	@echo "make install [PYTHON=python3]           the environment only"
+
+install: .venv/installed
+
+# The stamp is made last, so an installation that broke off is taken up again; the build backend (setuptools) is
+# pinned in the lock, since torch needs it anyway: hence no build isolation, and nothing unpinned is ever fetched.
+.venv/installed: requirements.lock pyproject.toml
+	@command -v "$(PYTHON)" >/dev/null || { echo "No Python found as '$(PYTHON)': install Python 3.11 or newer, or name one with make PYTHON=/path/to/python3." >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "'$(PYTHON)' is $$("$(PYTHON)" -V 2>&1), but Python 3.11 or newer is needed: install one and name it with make PYTHON=/path/to/python3." >&2; exit 1; }
+	@"$(PYTHON)" -c 'import venv, ensurepip' 2>/dev/null || { echo "'$(PYTHON)' lacks the venv module: install it (on Debian and Ubuntu: apt install python3-venv), or name another Python with make PYTHON=/path/to/python3." >&2; exit 1; }
+	@rm -f .venv/installed .venv/installed-bench
+	@$(PY) -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear .venv
+	@echo "Installing the pinned packages into .venv; the first time takes some minutes, most of them for torch."
+	$(PY) -m pip install --quiet -r requirements.lock
+	$(PY) -m pip install --quiet --no-deps --no-build-isolation -e .
+	@touch $@
+
+.venv/installed-bench: .venv/installed
+	$(PY) -m pip install --quiet --no-build-isolation -c requirements.lock -e '.[bench]'
+	@touch $@
+
+study: install
+	$(PY) -m samlib run "$(STUDY)"
+
+test: install
+	$(PY) -m pytest
+
+test-faults: install
+	$(PY) -m pytest -m faults || [ $$? -eq 5 ]  # 5: there are none
+
+lint: install
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+lab: install
+	$(PY) -m jupyterlab --ServerApp.ip=127.0.0.1 --notebook-dir=notebooks
+
+bench: .venv/installed-bench
+	$(PY) -m samlib bench

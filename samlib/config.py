@@ -1,0 +1,172 @@
+"""RunConfig: every knob of one training run, and the run id that follows from it."""
+
+import hashlib
+import json
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from samlib.sam import Mix
+
+
+class UserError(ValueError):
+    """Something the user can mend: its text is one sentence that says what, where, and what to do."""
+
+
+Fraction = Annotated[float, Field(gt=0, le=1)]
+Every = Annotated[int, Field(ge=0, le=10**9)]
+
+
+class RunConfig(BaseModel):
+    """One training run. The defaults are the first document's; unknown names and wrong types are refused.
+
+    Intervals are in epochs unless they say steps; 0 means never. What is measured every n epochs is measured after
+    epochs n, 2n, ... and always after the last, so an interval larger than `epochs` means "at the end only".
+
+    >>> RunConfig(mix="sam", noise_fraction=0.2).run_id
+    'cifar10-resnet18-w64-sam-rho0.05-d1-n0.2-s42-1b7d5eb2'
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    # Data
+    dataset: Literal["digits", "cifar10", "cifar100", "fashion-mnist", "imagefolder"] = "cifar10"
+    root: Annotated[str, Field(min_length=1, max_length=1000)] = "data"  # where the dataset is read from
+    image_size: Annotated[int, Field(ge=4, le=512)] | None = None  # pixels a side; None: the dataset's own
+    data_fraction: Fraction = 1.0  # of each class of the training set
+    noise_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of the subset's labels, flipped to another class
+    augment: bool = True  # random crop, and flip where mirrored images keep their meaning
+    drop_last: bool = False  # leave out the last, smaller batch of an epoch
+
+    # Model
+    model: Literal["resnet10", "resnet18", "resnet34"] = "resnet18"
+    stem: Literal["imagenet", "cifar"] = "imagenet"  # 7x7 stride 2 and pooling, or 3x3
+    width: Annotated[int, Field(ge=1, le=512)] = 64  # channels of the first stage
+
+    # Optimizer
+    mix: str = "sgd"  # see samlib.sam.Mix
+    rho: Annotated[float, Field(ge=0, le=1e3)] = 0.05  # radius of SAM's ascent step, and of a probe's
+    epochs: Annotated[int, Field(ge=1, le=100_000)] = 100
+    batch_size: Annotated[int, Field(ge=2, le=1_000_000)] = 128
+    lr: Annotated[float, Field(gt=0, le=1e3)] = 0.1  # at the first epoch; cosine to zero, epoch by epoch
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 5e-4
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 42  # initial weights, batches, augmentation
+    data_seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None  # subset and label noise; None: the seed
+
+    # What is measured
+    eval_every: Annotated[int, Field(ge=1, le=10**9)] = 10  # an evaluation costs up to an epoch's time: not every one
+    probe_every: Every = 0  # steps
+    persistence_steps: tuple[Annotated[int, Field(ge=0)], ...] = ()  # reference steps of Experiments 2 and 3
+    persistence_window: Annotated[int, Field(ge=1, le=1000)] = 10  # consecutive steps of the running intersection
+    threshold_every: Every = 0  # Project 1's table
+    sharpness_every: Every = 0  # random-direction and ascent sharpness
+    curvature_every: Every = 0  # Hessian eigenvalues, trace, diagonal; the second-order prediction of the codes
+    scan_every: Every = 0  # codes over a grid of rho on fixed weights
+    scan_rhos: tuple[Annotated[float, Field(gt=0, le=1e3)], ...] = tuple(
+        round(10 ** (-3 + k / 6), 6) for k in range(19)
+    )
+    measure_samples: Annotated[int, Field(ge=2, le=100_000)] = 512  # images of the fixed sample measured on
+
+    # How it is run
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    compile: bool = False
+    graph: bool = True  # on CUDA: the whole step as one graph
+    deterministic: bool = False  # on CUDA: deterministic algorithms (a CPU run always is, for fixed threads)
+    threads: Annotated[int, Field(ge=1, le=1024)] = 1
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    state_seconds: Annotated[float, Field(ge=0, le=1e6)] = 60.0  # at least this long between two resume states
+    keep_weights: bool = False
+
+    @field_validator("persistence_steps", "scan_rhos", mode="before")
+    @classmethod
+    def _list_to_tuple(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("mix")
+    @classmethod
+    def _known_mix(cls, value: str) -> str:
+        Mix.parse(value)
+        return value
+
+    @field_validator("scan_rhos")
+    @classmethod
+    def _increasing(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if not value:
+            raise ValueError("the grid of rho is empty: give at least one positive number, or leave the field out")
+        if any(a >= b for a, b in zip(value, value[1:], strict=False)):
+            raise ValueError("the grid of rho must increase")
+        return value
+
+    @field_validator("root")
+    @classmethod
+    def _plain_path(cls, value: str) -> str:
+        if any(ord(c) < 32 for c in value):
+            raise ValueError("a path must not hold control characters")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "RunConfig":
+        if len(set(self.persistence_steps)) < len(self.persistence_steps):
+            raise ValueError("persistence_steps names a step twice")
+        if self.persistence_steps and not self.probe_every:
+            raise ValueError("persistence_steps needs probes: set probe_every to a number of steps above 0")
+        return self
+
+    @classmethod
+    def parse(cls, values: dict[str, Any]) -> "RunConfig":
+        """The configuration, or a UserError of one sentence a field: what was found and what is allowed."""
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            raise UserError(describe(error, cls)) from None
+
+    def changed(self) -> dict[str, Any]:
+        """The fields that differ from their defaults, as JSON values, sorted by name."""
+        fields = type(self).model_fields
+        mine = self.model_dump(mode="json")
+        default = {k: f.default for k, f in fields.items()}
+        return {k: mine[k] for k in sorted(fields) if getattr(self, k) != default[k]}
+
+    @property
+    def run_id(self) -> str:
+        """Readable and unique; follows from the fields that differ from their defaults: new fields rename nothing."""
+        text = json.dumps(self.changed(), sort_keys=True, separators=(",", ":"))
+        rho = "" if self.mix == "sgd" else f"-rho{self.rho:g}"
+        return (
+            f"{self.dataset}-{self.model}-w{self.width}-{self.mix}{rho}-d{self.data_fraction:g}-n{self.noise_fraction:g}"
+            f"-s{self.seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+        )
+
+    @property
+    def subset_seed(self) -> int:
+        return self.seed if self.data_seed is None else self.data_seed
+
+    @property
+    def passes(self) -> int:
+        """Forward and backward passes a step."""
+        return 1 + Mix.parse(self.mix).second_pass
+
+    def learning_rate(self, epoch: int) -> float:
+        """Cosine annealing by epoch, epoch counted from 0 (torch's CosineAnnealingLR with T_max = epochs)."""
+        return self.lr * (1 + math.cos(math.pi * epoch / self.epochs)) / 2
+
+    def due(self, every: int, epochs_done: int) -> bool:
+        """Whether something measured every so many epochs is measured after this many: also always after the last."""
+        return every > 0 and (epochs_done % every == 0 or epochs_done == self.epochs)
+
+
+def describe(error: ValidationError, model: type[BaseModel]) -> str:
+    """A pydantic error as sentences: field, what was found, what is allowed."""
+    sentences = []
+    for item in error.errors():
+        field = ".".join(str(part) for part in item["loc"]) or "configuration"
+        if item["type"] == "extra_forbidden":
+            sentences.append(f"{field}: there is no such field; the fields are {', '.join(model.model_fields)}")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            message = message[0].lower() + message[1:]
+            found = "" if field == "configuration" else f"found {item['input']!r:.100}; "
+            sentences.append(f"{field}: {found}{message}")
+    return "; ".join(sentences)

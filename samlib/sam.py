@@ -1,0 +1,324 @@
+"""SAM and its masked variants: one optimizer, and one table of eight numbers for every update rule.
+
+A parameter's *checkpoint* at one step says how its gradient changes from w (g) to the ascent point
+w + rho g / ||g|| (g'):
+
+                     |g'| >= |g|   |g'| < |g|
+    same sign             1            2
+    opposite sign         3            4          and 0, inactive, where g or g' is exactly zero
+"""
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from samlib.compiled import compiled
+
+ONES, ZEROS = (1.0,) * 4, (0.0,) * 4
+
+
+@dataclass(frozen=True)
+class Mix:
+    """The rule d = sum_k [checkpoint = k] (a_k g' + b_k g) that turns (g, g') into the update direction.
+
+    Inactive parameters (checkpoint 0) take a_1 g' + b_1 g.
+
+    >>> Mix.parse("checkpoint134")
+    Mix(name='checkpoint134', a=(1.0, 0.0, 1.0, 1.0), b=(0.0, 1.0, 0.0, 0.0))
+    >>> Mix.parse("gain1x2").b
+    (2.0, 1.0, 1.0, 1.0)
+    """
+
+    name: str = field(compare=False)
+    a: tuple[float, ...]  # four numbers, on g'
+    b: tuple[float, ...]  # four numbers, on g
+
+    @classmethod
+    def parse(cls, name: str) -> "Mix":
+        """sgd, sam, magnitude, direction, checkpoint<subset of 1234>, scale<class>x<factor> or gain<class>x<factor>.
+
+        Raises ValueError for anything else.
+        """
+        fixed = {
+            "sgd": (ZEROS, ONES),
+            "sam": (ONES, ZEROS),
+            "magnitude": ((1.0, 1.0, -1.0, -1.0), ZEROS),
+            "direction": (ZEROS, (1.0, 1.0, -1.0, -1.0)),
+        }
+        if name in fixed:
+            return cls(name, *fixed[name])
+        if match := re.fullmatch(r"checkpoint(1?2?3?4?)", name):
+            if classes := match[1]:
+                a = tuple(float(k in classes) for k in "1234")
+                return cls(name, a, tuple(1.0 - x for x in a))
+        if match := re.fullmatch(r"(scale|gain)([1-4])x([0-9]+(?:\.[0-9]+)?)", name):
+            factor = float(match[3])
+            if factor <= 1e6:
+                scaled = tuple(factor if k == match[2] else 1.0 for k in "1234")
+                return cls(name, scaled, ZEROS) if match[1] == "scale" else cls(name, ZEROS, scaled)
+        raise ValueError(
+            f"mix {name!r} is unknown; known are sgd, sam, magnitude, direction, checkpoint followed by some of 1234 "
+            "in order (checkpoint134), scale<class>x<factor> and gain<class>x<factor> with a factor up to 1e6 (gain1x2)"
+        )
+
+    @property
+    def second_pass(self) -> bool:
+        """Whether a second gradient is needed at all: not for plain SGD."""
+        return (self.a, self.b) != (ZEROS, ONES)
+
+    @property
+    def needs_g(self) -> bool:
+        """Whether the update depends on g beside g': directly, or through a parameter's checkpoint."""
+        return (self.a, self.b) != (ONES, ZEROS)
+
+
+# Whether a class is in a subset of {2, 3, 4}, as one boolean operation on (opposite sign, smaller).
+_MEMBERSHIP: dict[frozenset[int], Callable[[Tensor, Tensor], Tensor]] = {
+    frozenset({2}): lambda opposite, smaller: smaller & ~opposite,
+    frozenset({3}): lambda opposite, smaller: opposite & ~smaller,
+    frozenset({4}): lambda opposite, smaller: opposite & smaller,
+    frozenset({2, 3}): lambda opposite, smaller: opposite ^ smaller,
+    frozenset({2, 4}): lambda opposite, smaller: smaller,
+    frozenset({3, 4}): lambda opposite, smaller: opposite,
+    frozenset({2, 3, 4}): lambda opposite, smaller: opposite | smaller,
+}
+
+
+def checkpoint_codes(g: Tensor, g_sam: Tensor) -> Tensor:
+    """The checkpoint of every parameter, 0 to 4, decided exactly: no division, no epsilon, no product.
+
+    g and g_sam have one shape; so has the result (uint8). A NaN in either belongs to no class and gives 0.
+    Source: the four cases of "Geometry SAM", with the ties and zeros that a ratio leaves open put in 1, 3 and 0.
+
+    >>> checkpoint_codes(torch.tensor([1., 2., 1., 2., 0.]), torch.tensor([2., 1., -2., -1., 1.])).tolist()
+    [1, 2, 3, 4, 0]
+    """
+    if g.shape != g_sam.shape:
+        raise ValueError(f"g has shape {tuple(g.shape)} and g_sam {tuple(g_sam.shape)}: they must be of one shape")
+    size, size_sam = g.abs(), g_sam.abs()
+    smaller = size_sam < size
+    classed = (g != 0) & (g_sam != 0) & (smaller | (size_sam >= size))
+    opposite = torch.signbit(g) ^ torch.signbit(g_sam)
+    return (1 + smaller.to(torch.uint8) + 2 * opposite.to(torch.uint8)) * classed
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """The elements as one dimension in memory order, without a copy where the layout is dense."""
+    if tensor.dim() == 4 and not tensor.is_contiguous():
+        tensor = tensor.permute(0, 2, 3, 1)  # channels_last
+    return tensor.reshape(-1)
+
+
+def chunks(*tensors: Tensor, size: int = 1 << 16) -> Iterable[tuple[Tensor, ...]]:
+    """Flat tensors of one length, piece by piece: on a CPU a piece's temporaries stay in its cache."""
+    if tensors[0].device.type != "cpu":
+        return [tensors]
+    return zip(*(tensor.split(size) for tensor in tensors), strict=True)
+
+
+def _weighted(g: Tensor, g_sam: Tensor, a: float, b: float) -> Tensor:
+    terms = [x if c == 1 else c * x for c, x in ((a, g_sam), (b, g)) if c]
+    return sum(terms[1:], terms[0]) if terms else torch.zeros_like(g)
+
+
+def mix_gradients_(g: Tensor, g_sam: Tensor, mix: Mix) -> None:
+    """Overwrites g_sam with sum_k [checkpoint = k] (a_k g_sam + b_k g); both of one shape."""
+    classes: dict[tuple[float, float], set[int]] = {}
+    for k, weights in enumerate(zip(mix.a, mix.b, strict=True), start=1):
+        classes.setdefault(weights, set()).add(k)
+    first, *others = classes.items()  # the first holds class 1, which inactive parameters follow
+    d = _weighted(g, g_sam, *first[0])
+    if others:
+        opposite = torch.signbit(g) ^ torch.signbit(g_sam)
+        smaller = g_sam.abs() < g.abs()
+        active = (g != 0) & (g_sam != 0)
+        for weights, members in others:
+            mask = _MEMBERSHIP[frozenset(members)](opposite, smaller) & active
+            d = torch.where(mask, _weighted(g, g_sam, *weights), d)
+    if d is not g_sam:
+        g_sam.copy_(d)
+
+
+@lru_cache
+def _parse(name: str) -> Mix:
+    return Mix.parse(name)
+
+
+@lru_cache
+def _compiled_mix(mix: Mix) -> Callable[[Tensor, Tensor], None]:
+    return compiled(lambda g, g_sam: mix_gradients_(g, g_sam, mix), dynamic=True)
+
+
+class SAM(torch.optim.SGD):
+    """Sharpness-Aware Minimization (Foret et al., 2021) and every mix of `Mix`, with SGD's momentum and weight decay.
+
+    Two passes over the same batch a step::
+
+        loss(model(x), y).backward()
+        optimizer.first_step()   # w <- w + rho g / ||g||, over all parameters; gradients are cleared
+        loss(model(x), y).backward()
+        optimizer.second_step()  # back to w, bit for bit; then SGD along the mix of g and g'
+
+    or `optimizer.step(closure)`, where the closure clears the gradients, computes the loss and calls backward. The
+    second pass should not move BatchNorm's running statistics: see `samlib.models.frozen_statistics`.
+
+    The perturbation uses the gradient of the loss alone; weight decay joins in the update. A zero gradient perturbs
+    nothing. rho = 0 with mix "sam" is torch's SGD(fused=True), to the bit. Parameters without a gradient stay as they
+    are; one that has a gradient in only one of the passes counts as zero in the other. `rho` and `mix` are settings of
+    a parameter group, as `lr` is. Memory beyond SGD's: one copy of the parameters, and one of the gradients for a mix
+    that needs g.
+
+    params: tensors or parameter groups; lr, momentum, weight_decay: as torch.optim.SGD; rho: radius, in the units of
+    the weights, at least 0; mix: a name that `Mix.parse` takes; compile: compute masks in one compiled pass.
+    Raises ValueError for a value out of range and RuntimeError for half-steps out of order.
+    """
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float | Tensor,
+        rho: float = 0.05,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        mix: str = "sam",
+        *,
+        compile: bool = False,
+    ) -> None:
+        self._group_defaults = {"rho": rho, "mix": mix}
+        self._compile = compile
+        self._weights: dict[Tensor, Tensor] = {}  # where the weights were; allocated once
+        self._gradients: dict[Tensor, Tensor] = {}  # g, kept between the half-steps where the mix needs it
+        self._ascended: list[Tensor] | None = None  # parameters that moved, between the half-steps
+        super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
+
+    def add_param_group(self, param_group: dict) -> None:
+        group = {**self._group_defaults, **param_group}
+        _parse(group["mix"])
+        if not 0 <= group["rho"] < float("inf"):
+            raise ValueError(f"rho is {group['rho']!r}: it must be a finite number of at least 0")
+        super().add_param_group(group)
+        group = self.param_groups[-1]
+        if all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in group["params"]):
+            group["fused"] = True
+
+    def __getstate__(self) -> dict:
+        return super().__getstate__() | {"_group_defaults": self._group_defaults, "_compile": self._compile}
+
+    def __setstate__(self, state: dict) -> None:  # also what load_state_dict calls: a loaded state lies between steps
+        super().__setstate__(state)
+        self._weights, self._gradients, self._ascended = {}, {}, None
+
+    @torch.no_grad()
+    def first_step(self) -> None:
+        """Moves the weights to the ascent point and clears the gradients. Call after the first backward pass."""
+        if self._ascended is not None:
+            raise RuntimeError("first_step was called twice: call second_step after the second backward pass")
+        groups = [(g, [p for p in g["params"] if p.grad is not None]) for g in self.param_groups]
+        moved = [p for _, params in groups for p in params]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in moved])
+        for p in moved:
+            if p not in self._weights:
+                self._weights[p] = torch.empty_like(p)
+        if moved:
+            torch._foreach_copy_([self._weights[p] for p in moved], moved)
+        for group, params in groups:
+            keep = _parse(group["mix"]).needs_g
+            if params and group["rho"] > 0:
+                _ascend_(params, [p.grad for p in params], group["rho"], norm, keep)
+            if keep:
+                self._gradients.update({p: p.grad for p in params})
+        self.zero_grad(set_to_none=True)
+        self._ascended = moved
+
+    @torch.no_grad()
+    def second_step(self) -> None:
+        """Puts the weights back and updates them along the mix. Call after the second backward pass."""
+        if self._ascended is None:
+            raise RuntimeError("second_step was called without first_step")
+        moved, self._ascended = self._ascended, None
+        if moved:
+            torch._foreach_copy_(moved, [self._weights[p] for p in moved])
+        for p in moved:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        for group in self.param_groups:
+            mix = _parse(group["mix"])
+            if mix.needs_g:
+                for p in group["params"]:
+                    self._mix_(p, mix)
+        self._gradients.clear()
+        self._update()
+        self._opt_called = True  # what a learning rate schedule looks for
+
+    def _update(self) -> None:
+        """SGD's step. Its fused kernel wants one memory layout for all of a parameter's tensors, and momentum buffers
+        for all parameters of a group or none."""
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            for p in params:
+                p.grad = _laid_out(p.grad, p)
+            buffers = [self.state.get(p, {}).get("momentum_buffer") for p in params]
+            if any(b is not None for b in buffers):
+                for p, b in zip(params, buffers, strict=True):
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p) if b is None else _laid_out(b, p)
+        super().step()
+
+    def _mix_(self, p: Tensor, mix: Mix) -> None:
+        g = self._gradients.get(p)
+        if g is None and p.grad is None:
+            return
+        if g is None:
+            g = torch.zeros_like(p.grad)
+        if p.grad is None:
+            p.grad = torch.zeros_like(g)
+        g = _laid_out(g, p.grad)
+        # Views of the gradients' own memory: what is written to them is written to p.grad.
+        if flat(p.grad).data_ptr() != p.grad.data_ptr():  # a layout that has no flat view, as a transposed matrix
+            mix_gradients_(g, p.grad, mix)
+        elif self._compile:
+            _compiled_mix(mix)(flat(g), flat(p.grad))
+        else:
+            for piece, piece_sam in chunks(flat(g), flat(p.grad)):
+                mix_gradients_(piece, piece_sam, mix)
+
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        """Both half-steps around a closure. Only plain SGD (mix "sgd" in every group) can step without one."""
+        second_pass = any(_parse(group["mix"]).second_pass for group in self.param_groups)
+        if closure is None:
+            if second_pass:
+                raise RuntimeError("SAM needs a second gradient: call step(closure), or first_step and second_step")
+            return self._update()
+        with torch.enable_grad():
+            loss = closure()
+        if not second_pass:
+            self._update()
+            return loss
+        self.first_step()
+        with torch.enable_grad():
+            closure()
+        self.second_step()
+        return loss
+
+
+def _laid_out(tensor: Tensor, model: Tensor) -> Tensor:
+    """The tensor in the memory layout of its model; itself where it has it."""
+    return tensor if tensor.stride() == model.stride() else torch.empty_like(model).copy_(tensor)
+
+
+def _ascend_(params: list[Tensor], grads: list[Tensor], rho: float, norm: Tensor, keep: bool) -> None:
+    """w <- w + rho g / norm, in place; nothing where the norm is zero. Without `keep`, gradients may be overwritten."""
+    if norm.device.type == "cpu":
+        if norm > 0:
+            torch._foreach_add_(params, grads, alpha=min(rho / norm.item(), torch.finfo(torch.float32).max))
+        return
+    scale = torch.where(norm > 0, rho / norm, 0.0).clamp(max=torch.finfo(norm.dtype).max)  # nothing waits for it
+    if keep:
+        for p, g in zip(params, grads, strict=True):
+            p.add_(g * scale.to(p.device))
+    else:
+        torch._foreach_mul_(grads, scale)
+        torch._foreach_add_(params, grads)
