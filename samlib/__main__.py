@@ -116,8 +116,8 @@ def run(args: argparse.Namespace) -> int:
             print(f"  {relative(path)}")
         if (figures / study.name).is_dir():
             print(f"  {relative(figures / study.name)}/")
-    one = configs[0].run_id if len(configs) == 1 else "<run>"
-    print(f"  {relative(root)}/{one}/train.ipynb")
+    if finished:
+        print(f"  {relative(root)}/{finished[0].run_id if len(configs) == 1 else '<run>'}/train.ipynb")
     return 1 if failures else 0
 
 
@@ -162,10 +162,12 @@ def status(args: argparse.Namespace) -> int:
 
 def publish(args: argparse.Namespace) -> int:
     from samlib import runner
+    from samlib.findings import write_findings
     from samlib.study import Study
 
     study, root = Study.load(args.study), args.root.resolve()
     missing = runner.publish(study, root, figures_of(root))
+    write_findings()
     for config in missing:
         print(f"missing: {config.run_id}")
     count = len(study.configs())

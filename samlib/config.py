@@ -25,7 +25,7 @@ class RunConfig(BaseModel):
     epochs n, 2n, ... and always after the last, so an interval larger than `epochs` means "at the end only".
 
     >>> RunConfig(mix="sam", noise_fraction=0.2).run_id
-    'cifar10-resnet18-w64-sam-rho0.05-d1-n0.2-s42-1b7d5eb2'
+    'cifar10-resnet18-w64-sam-rho0.05-d1-n0.2-s42-73047286'
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
@@ -84,6 +84,11 @@ class RunConfig(BaseModel):
     def _list_to_tuple(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value
 
+    @field_validator("*")
+    @classmethod
+    def _no_negative_zero(cls, value: Any) -> Any:  # which would give one configuration two ids
+        return value + 0.0 if isinstance(value, float) else value
+
     @field_validator("mix")
     @classmethod
     def _known_mix(cls, value: str) -> str:
@@ -117,8 +122,10 @@ class RunConfig(BaseModel):
     @classmethod
     def parse(cls, values: dict[str, Any]) -> "RunConfig":
         """The configuration, or a UserError of one sentence a field: what was found and what is allowed."""
+        if not isinstance(values, dict):
+            raise UserError(f"configuration: found {_shown(values)}; it should be a mapping of fields to values")
         try:
-            return cls(**values)
+            return cls.model_validate(values)
         except ValidationError as error:
             raise UserError(describe(error, cls)) from None
 
@@ -162,11 +169,19 @@ def describe(error: ValidationError, model: type[BaseModel]) -> str:
     sentences = []
     for item in error.errors():
         field = ".".join(str(part) for part in item["loc"]) or "configuration"
-        if item["type"] == "extra_forbidden":
+        if item["type"] in ("extra_forbidden", "invalid_key"):
+            field = field if field.isprintable() else repr(field)
             sentences.append(f"{field}: there is no such field; the fields are {', '.join(model.model_fields)}")
         else:
-            message = item["msg"].removeprefix("Value error, ")
+            message = item["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list")
             message = message[0].lower() + message[1:]
-            found = "" if field == "configuration" else f"found {item['input']!r:.100}; "
+            found = "" if field == "configuration" else f"found {_shown(item['input'])}; "
             sentences.append(f"{field}: {found}{message}")
     return "; ".join(sentences)
+
+
+def _shown(value: Any) -> str:
+    try:
+        return f"{value!r:.100}"
+    except ValueError:  # an integer of more digits than Python prints
+        return "a number too long to print"

@@ -68,7 +68,7 @@ def _torchvision(name: str, root: Path) -> Source:
                     parts.append(read(root, train=train, download=False))
                 except RuntimeError:  # torchvision's word for "not there, or not intact"
                     parts.append(read(root, train=train, download=True))
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
+    except (OSError, RuntimeError, EOFError, ValueError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"dataset: {name} is not in root {str(root)!r} and could not be downloaded ({reason}); put torchvision's "
@@ -120,8 +120,10 @@ def _image_folder(root: Path, size: int | None) -> Source:
     try:
         with FileLock(root / ".samlib.lock"):
             return _cached(root, files, classes, size, key)
-    except PermissionError:
-        warnings.warn(f"{root} cannot be written, so its images are decoded anew for every run", stacklevel=2)
+    except OSError as error:  # read-only, or full
+        warnings.warn(
+            f"{root} cannot be written ({error.strerror}), so its images are decoded anew for every run", stacklevel=2
+        )
         return Source(*_decode(files, classes, size)[0], classes)
 
 
@@ -129,16 +131,23 @@ def _cached(root: Path, files: dict[str, list[Path]], classes: list[str], size: 
     names = ("images", "labels", "test_images", "test_labels")
     for folder in (root / f".samlib-{key}", root / f".samlib-{key}-{size}"):
         if (folder / "complete").exists():
-            return Source(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in names), classes)
+            try:
+                return Source(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in names), classes)
+            except (OSError, ValueError, EOFError):  # damaged: made anew
+                shutil.rmtree(folder)
     for old in root.glob(".samlib-*"):
         if old.is_dir() and not old.name.startswith(f".samlib-{key}"):
             shutil.rmtree(old)
     arrays, resized = _decode(files, classes, size)
     folder = root / (f".samlib-{key}-{size}" if resized else f".samlib-{key}")
-    folder.mkdir(exist_ok=True)
-    for name, array in zip(names, arrays, strict=True):
-        np.save(folder / f"{name}.npy", array)
-    (folder / "complete").touch()
+    try:
+        folder.mkdir(exist_ok=True)
+        for name, array in zip(names, arrays, strict=True):
+            np.save(folder / f"{name}.npy", array)
+        (folder / "complete").touch()
+    except OSError:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     return Source(*arrays, classes)
 
 
@@ -156,8 +165,9 @@ def _decode(
             try:
                 with Image.open(path) as image:
                     images[part].append(image.copy() if image.mode == "L" else image.convert("RGB"))
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-                raise UserError(f"root: {str(path)!r} is not an intact image ({error}); mend or remove it") from None
+            except Exception as error:  # a decoder raises whatever a broken file provokes
+                reason = next(iter(str(error).splitlines()), type(error).__name__)
+                raise UserError(f"root: {str(path)!r} is not an intact image ({reason}); mend or remove it") from None
             labels[part].append(classes.index(name))
     everything = images["train"] + images["test"]
     sizes = {image.size for image in everything}
@@ -185,7 +195,10 @@ def load_source(config: RunConfig) -> Source:
         return _digits()
     root = Path(config.root)
     if config.dataset == "imagefolder":
-        return _image_folder(root, config.image_size)
+        try:
+            return _image_folder(root, config.image_size)
+        except OSError as error:
+            raise UserError(f"root: {error.filename!r} cannot be read ({error.strerror}); mend or remove it") from None
     return _torchvision(config.dataset, root)
 
 

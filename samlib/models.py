@@ -66,7 +66,7 @@ class ResNet(nn.Module):
 def build_model(name: str, width: int, stem: str, channels: int, classes: int, seed: int) -> ResNet:
     """The named ResNet with initial weights that follow from the seed alone; the global generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         return ResNet(BLOCKS[name], width, stem, channels, classes)
 
 

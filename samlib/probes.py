@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from samlib.compiled import compiled
 from samlib.models import frozen_statistics, layer_kinds, mode, weights_restored
-from samlib.sam import checkpoint_codes, chunks, flat
+from samlib.sam import checkpoint_codes, chunks, flat, laid_out
 
 CHECKPOINTS = ("inactive", "checkpoint1", "checkpoint2", "checkpoint3", "checkpoint4")
 RATIO_EDGES = (1.2, 1.5, 2.0, 4.0, 8.0, 16.0)  # of |g'| / |g| within checkpoint 1 (Project 2)
@@ -36,7 +36,9 @@ class GradientPair:
 
     def codes(self) -> Tensor:
         """The checkpoint of every parameter, uint8 (parameters,), layer after layer."""
-        return torch.cat([checkpoint_codes(flat(a), flat(b)) for a, b in zip(self.g, self.g_sam, strict=True)])
+        return torch.cat(
+            [checkpoint_codes(flat(a), flat(laid_out(b, a))) for a, b in zip(self.g, self.g_sam, strict=True)]
+        )
 
     def sizes(self) -> Tensor:
         """|g| of every parameter (parameters,), in the order of the codes."""
@@ -63,7 +65,7 @@ def gradient(model: nn.Module, x: Tensor, y: Tensor, *, create_graph: bool = Fal
         loss = cross_entropy(model(x), y)
         found = iter(torch.autograd.grad(loss, trainable, create_graph=create_graph, allow_unused=True))
     grads = [next(found) if p.requires_grad else None for p in params]
-    return [torch.zeros_like(p) if g is None else g for p, g in zip(params, grads, strict=True)], loss
+    return [torch.zeros_like(p) if g is None else laid_out(g, p) for p, g in zip(params, grads, strict=True)], loss
 
 
 def norm(tensors: Iterable[Tensor]) -> float:
@@ -78,7 +80,7 @@ def ascended(model: nn.Module, g: list[Tensor], rho: float) -> Iterator[None]:
     with weights_restored(params):
         if length > 0 and rho > 0:
             with torch.no_grad():
-                torch._foreach_add_(params, g, alpha=rho / length)
+                torch._foreach_add_(params, g, alpha=min(rho / length, torch.finfo(torch.float32).max))
         yield
 
 
@@ -97,12 +99,12 @@ def gradient_pair(model: nn.Module, x: Tensor, y: Tensor, rho: float) -> Gradien
 def _pair_sums(g: Tensor, g_sam: Tensor) -> Tensor:
     """float64 (15,): the five counts, the seven bins' counts, and the sums of g^2, g'^2 and g g'."""
     size, size_sam = g.abs(), g_sam.abs()
+    signs = g.sign() * g_sam.sign()  # zero for inactive parameters
+    same, other = signs > 0, signs < 0
     smaller, grown = size_sam < size, size_sam >= size
-    active = (g != 0) & (g_sam != 0)
-    same = (torch.signbit(g) == torch.signbit(g_sam)) & active
-    other = active & ~same
     at_least = [same & grown, *(same & (size_sam >= edge * size) for edge in RATIO_EDGES)]
-    counts = [mask.sum() for mask in (same & smaller, other & grown, other & smaller, *at_least)]
+    masks = (same & smaller, other & grown, other & smaller, *at_least)
+    counts = [mask.sum(dtype=torch.int32) for mask in masks]  # cheaper than int64; no tensor has 2^31 elements
     in2, in3, in4, *above = (c.double() for c in counts)
     in1, tail = above[0], above[-1]
     bins = [a - b for a, b in zip(above, above[1:], strict=False)]
@@ -120,7 +122,7 @@ def pair_sums(g: list[Tensor], g_sam: list[Tensor], *, compile: bool = False) ->
     sums of g^2, g'^2 and g g'. A ratio lies in a bin when |g'| >= edge |g| in the gradients' own precision."""
     rows = []
     for a, b in zip(g, g_sam, strict=True):
-        a, b = flat(a), flat(b if b.stride() == a.stride() else torch.empty_like(a).copy_(b))
+        a, b = flat(a), flat(laid_out(b, a))
         if compile:
             rows.append(_compiled_sums()(a, b))
         else:
@@ -313,7 +315,7 @@ def convergence_rows(
     """
     pieces = []
     with mode(model, training=True), frozen_statistics(model), full_precision():
-        for part_x, part_y in zip(x.chunk(8), y.chunk(8), strict=True):
+        for part_x, part_y in zip(x.tensor_split(8), y.tensor_split(8), strict=True):
             g, _ = gradient(model, part_x, part_y)
             decayed = (a + weight_decay * p.detach() for a, p in zip(g, model.parameters(), strict=True))
             pieces.append(torch.cat([flat(t) for t in decayed]))

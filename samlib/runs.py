@@ -10,7 +10,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -125,13 +125,10 @@ class Run:
     @contextmanager
     def lock(self, timeout: float = -1) -> Iterator[None]:
         """One writer a run folder: waits (timeout in seconds, -1: no end), says for whom; dies with its process."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{self.folder}: the run folder cannot be made ({error.strerror})") from None
         path = self.folder / "lock"
         lock = filelock.FileLock(path)
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
         except filelock.Timeout:
             holder = path.read_text().strip() or "another process"
@@ -144,8 +141,11 @@ class Run:
                 raise UserError(
                     f"{self.folder} is still being written by {holder} after {timeout:g} s; wait for it, or stop it"
                 ) from None
+        except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
+            raise UserError(f"{self.folder}: the run folder cannot be made or locked ({_first_line(error)})") from None
         try:
-            path.write_text(f"process {os.getpid()} on {platform.node()}\n")
+            with suppress(OSError):  # on a full disk: what is written next says so
+                path.write_text(f"process {os.getpid()} on {platform.node()}\n")
             for leftover in self.folder.glob(".*.tmp"):
                 leftover.unlink()
             yield
@@ -220,6 +220,8 @@ class Run:
         return None
 
     def _cut_table(self, name: str, count: int) -> Table:
+        if not count:  # none yet, so perhaps no file
+            return Table()
         lines = (self.folder / f"{name}.csv").read_text(encoding="utf-8").splitlines()
         if len(lines) < count + 1:
             raise ValueError(f"{name}.csv holds {len(lines) - 1} of its {count} rows")
@@ -259,7 +261,7 @@ def _git_commit() -> str | None:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({_first_line(error)}); remove its folder and run it again") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} does not hold a JSON object; remove its folder and run it again")
@@ -268,9 +270,12 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _read_table(path: Path) -> pd.DataFrame:
     try:
-        return pd.read_csv(path, float_precision="round_trip")
+        frame = pd.read_csv(path, float_precision="round_trip")
+        if not {"epoch", "step"} & set(frame.columns):
+            raise ValueError("it is not a table of a run")
     except (OSError, ValueError) as error:  # pandas' parser errors are ValueErrors
         raise UserError(f"{path} cannot be read ({_first_line(error)}); remove its folder and run it again") from None
+    return frame
 
 
 def finished(root: str | Path = "runs/local") -> list[Path]:

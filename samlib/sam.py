@@ -76,15 +76,16 @@ class Mix:
         return (self.a, self.b) != (ONES, ZEROS)
 
 
-# Whether a class is in a subset of {2, 3, 4}, as one boolean operation on (opposite sign, smaller).
+# Whether a class is in a subset of {2, 3, 4}, from the product of both signs (-1, 0 or 1) and |g'| < |g|. Comparisons
+# are what costs here: one or two of them each.
 _MEMBERSHIP: dict[frozenset[int], Callable[[Tensor, Tensor], Tensor]] = {
-    frozenset({2}): lambda opposite, smaller: smaller & ~opposite,
-    frozenset({3}): lambda opposite, smaller: opposite & ~smaller,
-    frozenset({4}): lambda opposite, smaller: opposite & smaller,
-    frozenset({2, 3}): lambda opposite, smaller: opposite ^ smaller,
-    frozenset({2, 4}): lambda opposite, smaller: smaller,
-    frozenset({3, 4}): lambda opposite, smaller: opposite,
-    frozenset({2, 3, 4}): lambda opposite, smaller: opposite | smaller,
+    frozenset({2}): lambda signs, smaller: (signs > 0) & smaller,
+    frozenset({3}): lambda signs, smaller: (signs < 0) & ~smaller,
+    frozenset({4}): lambda signs, smaller: (signs < 0) & smaller,
+    frozenset({2, 3}): lambda signs, smaller: ((signs < 0) ^ smaller) & (signs != 0),
+    frozenset({2, 4}): lambda signs, smaller: smaller & (signs != 0),
+    frozenset({3, 4}): lambda signs, smaller: signs < 0,
+    frozenset({2, 3, 4}): lambda signs, smaller: (signs < 0) | (smaller & (signs != 0)),
 }
 
 
@@ -113,6 +114,11 @@ def flat(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1)
 
 
+def laid_out(tensor: Tensor, model: Tensor) -> Tensor:
+    """The tensor in the memory layout of its model; itself where it has it."""
+    return tensor if tensor.stride() == model.stride() else torch.empty_like(model).copy_(tensor)
+
+
 def chunks(*tensors: Tensor, size: int = 1 << 16) -> Iterable[tuple[Tensor, ...]]:
     """Flat tensors of one length, piece by piece: on a CPU a piece's temporaries stay in its cache."""
     if tensors[0].device.type != "cpu":
@@ -133,11 +139,10 @@ def mix_gradients_(g: Tensor, g_sam: Tensor, mix: Mix) -> None:
     first, *others = classes.items()  # the first holds class 1, which inactive parameters follow
     d = _weighted(g, g_sam, *first[0])
     if others:
-        opposite = torch.signbit(g) ^ torch.signbit(g_sam)
+        signs = g.sign() * g_sam.sign()  # zero for inactive parameters
         smaller = g_sam.abs() < g.abs()
-        active = (g != 0) & (g_sam != 0)
         for weights, members in others:
-            mask = _MEMBERSHIP[frozenset(members)](opposite, smaller) & active
+            mask = _MEMBERSHIP[frozenset(members)](signs, smaller)
             d = torch.where(mask, _weighted(g, g_sam, *weights), d)
     if d is not g_sam:
         g_sam.copy_(d)
@@ -260,11 +265,11 @@ class SAM(torch.optim.SGD):
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             for p in params:
-                p.grad = _laid_out(p.grad, p)
+                p.grad = laid_out(p.grad, p)
             buffers = [self.state.get(p, {}).get("momentum_buffer") for p in params]
             if any(b is not None for b in buffers):
                 for p, b in zip(params, buffers, strict=True):
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p) if b is None else _laid_out(b, p)
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p) if b is None else laid_out(b, p)
         super().step()
 
     def _mix_(self, p: Tensor, mix: Mix) -> None:
@@ -275,7 +280,7 @@ class SAM(torch.optim.SGD):
             g = torch.zeros_like(p.grad)
         if p.grad is None:
             p.grad = torch.zeros_like(g)
-        g = _laid_out(g, p.grad)
+        g = laid_out(g, p.grad)
         # Views of the gradients' own memory: what is written to them is written to p.grad.
         if flat(p.grad).data_ptr() != p.grad.data_ptr():  # a layout that has no flat view, as a transposed matrix
             mix_gradients_(g, p.grad, mix)
@@ -302,11 +307,6 @@ class SAM(torch.optim.SGD):
             closure()
         self.second_step()
         return loss
-
-
-def _laid_out(tensor: Tensor, model: Tensor) -> Tensor:
-    """The tensor in the memory layout of its model; itself where it has it."""
-    return tensor if tensor.stride() == model.stride() else torch.empty_like(model).copy_(tensor)
 
 
 def _ascend_(params: list[Tensor], grads: list[Tensor], rho: float, norm: Tensor, keep: bool) -> None:

@@ -91,9 +91,10 @@ class Study:
     @classmethod
     def load(cls, path: str | Path) -> "Study":
         """Reads and checks a study file. Raises UserError that names the file, the grid and the field."""
-        path = Path(path).resolve()
-        shown = relative(path)
+        shown = str(path)
         try:
+            path = Path(path).resolve()
+            shown = relative(path)
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             raise UserError(f"{shown}: not a text file; a study is a YAML file") from None

@@ -1,5 +1,6 @@
 """train(config, root) -> Run: one training from its configuration to its folder, resumable at any step."""
 
+import io
 import os
 import time
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from samlib import probes
 from samlib.config import RunConfig, UserError
 from samlib.data import Batches, Data, generator, load_data
 from samlib.models import build_model, mode
-from samlib.runs import Run
+from samlib.runs import Run, write_atomic
 from samlib.sam import SAM
 from samlib.step import EagerStep, GraphStep
 
@@ -145,7 +146,8 @@ class Training:
                         self.save()
                         last_state = time.monotonic()
 
-                if not self.loss_sum.isfinite():  # on a GPU, looked at once an epoch: nothing waits inside one
+                finite = [t.isfinite().all() for t in (self.loss_sum, *self.model.parameters())]
+                if not torch.stack(finite).all():  # on a GPU, looked at once an epoch: nothing waits inside one
                     raise Diverged
                 epochs_done = self.epoch + 1
                 if config.due(config.eval_every, epochs_done):
@@ -168,7 +170,9 @@ class Training:
         metrics = run.table("metrics")
         final, best = metrics.iloc[-1], metrics.loc[metrics.test_accuracy.idxmax()]
         if self.config.keep_weights:
-            torch.save(self.model.state_dict(), run.folder / "weights.pt")
+            buffer = io.BytesIO()
+            torch.save(self.model.state_dict(), buffer)
+            write_atomic(run.folder / "weights.pt", buffer.getvalue())
         results = {name: None if final[name] != final[name] else float(final[name]) for name in self.FINAL[:-2]}
         results |= {"best_test_accuracy": float(best.test_accuracy), "best_epoch": int(best.epoch)}
         run.finish(self.facts() | {"status": "done", "diverged_step": None} | results)
@@ -303,8 +307,9 @@ class Training:
 
     def resume(self) -> None:
         state = self.run.load_state(self.device)
-        if state is None:
+        if state is None or not (self.run.folder / "config.json").exists():
             self.run.write_config()
+        if state is None:
             return
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])

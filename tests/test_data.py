@@ -1,0 +1,426 @@
+import hashlib
+import math
+import os
+import pickle
+import shutil
+import urllib.error
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from samlib.config import RunConfig, UserError
+from samlib.data import Batches, Data, flip_labels, load_data, load_source, resize, stratified_subset
+
+DIGITS = RunConfig(dataset="digits", batch_size=64)
+
+
+def digits(**fields) -> Data:
+    return load_data(DIGITS.model_copy(update=fields))
+
+
+def made_up(n=21, channels=3, size=16, classes=4) -> Data:
+    draw = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (n, channels, size, size), generator=draw, dtype=torch.uint8)
+    labels = torch.randint(0, classes, (n,), generator=draw)
+    clean = torch.zeros(n, dtype=torch.bool)
+    mean, std = torch.linspace(100, 140, channels), torch.linspace(50, 70, channels)
+    return Data(images, labels, labels, clean, images, labels, list("abcd"), mean, std, channels_last=True)
+
+
+# Digits
+
+
+def test_the_digits_split_is_what_it_was():
+    source = load_source(DIGITS)
+    assert source.images.shape == (1005, 1, 8, 8) and source.test_images.shape == (792, 1, 8, 8)
+    digest = hashlib.sha256()
+    for array in (source.images, source.labels, source.test_images, source.test_labels):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    assert digest.hexdigest()[:16] == "c9841e29bd2c186f"
+
+
+def test_the_digits_are_those_of_scikit_learn_split_class_by_class():
+    from sklearn.datasets import load_digits
+
+    source, bunch = load_source(DIGITS), load_digits()
+    images = np.concatenate([source.images, source.test_images])[:, 0]
+    labels = np.concatenate([source.labels, source.test_labels])
+    theirs = zip(np.round(bunch.images * (255 / 16)).astype(np.uint8), bunch.target, strict=True)
+    assert sorted((x.tobytes(), y) for x, y in zip(images, labels, strict=True)) == sorted(
+        (x.tobytes(), y) for x, y in theirs
+    )
+    assert np.bincount(source.labels).tolist() == [round(0.56 * n) for n in np.bincount(labels)]
+
+
+# Subset and label noise
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.1, 0.37, 1.0])
+def test_the_subset_has_its_share_of_each_class(fraction):
+    labels = torch.from_numpy(load_source(DIGITS).labels)
+    rows = stratified_subset(labels, fraction, seed=3)
+    counts = torch.bincount(labels[rows], minlength=10).tolist()
+    assert counts == [round(fraction * int((labels == k).sum())) for k in range(10)]
+    assert len(rows.unique()) == len(rows) and torch.equal(rows, rows.sort().values)
+
+
+def test_a_subset_without_a_class_is_refused():
+    with pytest.raises(UserError, match="data_fraction: 0.001 of class 0 .* is none; raise it"):
+        digits(data_fraction=0.001)
+
+
+@pytest.mark.parametrize(
+    "noise, n", [(0.0, 50), (0.1, 99), (0.2, 1000), (0.29, 100), (0.4, 7), (0.57, 100), (0.999, 10)]
+)
+def test_noise_flips_exactly_its_share_each_to_another_class_and_remembers_which(noise, n):
+    labels = torch.arange(n) % 10
+    noisy, flipped = flip_labels(labels, noise, 10, seed=1)
+    assert int(flipped.sum()) == math.floor(round(noise * n, 6))
+    assert torch.equal(noisy != labels, flipped)
+    assert noisy.min() >= 0 and noisy.max() < 10
+
+
+def test_noise_moves_to_every_other_class_with_equal_chances():
+    noisy, flipped = flip_labels(torch.full((100_000,), 2), 0.9, 5, seed=0)
+    counts = torch.bincount(noisy[flipped], minlength=5)
+    assert counts[2] == 0
+    expected, others = 90_000 / 4, counts[[0, 1, 3, 4]]
+    chi_square = float(((others - expected) ** 2 / expected).sum())
+    assert chi_square < 16.3  # the 0.1 % point with 3 degrees of freedom
+
+
+def test_labels_of_one_class_cannot_be_flipped():
+    with pytest.raises(UserError, match="noise_fraction"):
+        flip_labels(torch.zeros(10, dtype=torch.int64), 0.5, 1, seed=0)
+
+
+def test_the_data_remember_what_was_flipped():
+    data = digits(noise_fraction=0.3, data_fraction=0.5)
+    assert int(data.flipped.sum()) == math.floor(0.3 * len(data.images))
+    assert torch.equal(data.labels != data.true_labels, data.flipped)
+    assert torch.equal(data.test_labels, digits().test_labels)
+
+
+def test_subset_and_noise_follow_from_the_data_seed_and_batches_from_the_seed():
+    a, b = (digits(data_fraction=0.2, noise_fraction=0.2, seed=s, data_seed=5) for s in (0, 1))
+    c = digits(data_fraction=0.2, noise_fraction=0.2, seed=5)
+    for other in (b, c):
+        assert torch.equal(a.images, other.images) and torch.equal(a.labels, other.labels)
+    d = digits(data_fraction=0.2, noise_fraction=0.2, seed=0, data_seed=6)
+    assert not torch.equal(a.images, d.images)
+    plans = [Batches(a, DIGITS.model_copy(update={"seed": s})).epoch(0) for s in (0, 0, 1)]
+    assert torch.equal(plans[0][0][0], plans[1][0][0]) and not torch.equal(plans[0][0][0], plans[2][0][0])
+
+
+def test_the_subset_of_a_seed_is_the_same_with_and_without_noise():
+    clean, noisy = digits(data_fraction=0.3), digits(data_fraction=0.3, noise_fraction=0.4)
+    assert torch.equal(clean.images, noisy.images) and torch.equal(clean.labels, noisy.true_labels)
+
+
+# Batches
+
+
+def test_a_batch_follows_from_seed_epoch_and_step_alone():
+    config = RunConfig(dataset="imagefolder", batch_size=8)
+    torch.manual_seed(0)
+    one = Batches(made_up(), config)
+    history = [[one.assemble(*plan) for plan in one.epoch(e)] for e in range(4)]
+    torch.manual_seed(99)
+    torch.rand(7)
+    x, y = (other := Batches(made_up(), config)).assemble(*other.epoch(3)[1])
+    assert torch.equal(x, history[3][1][0]) and torch.equal(y, history[3][1][1])
+    assert not torch.equal(history[0][0][0], history[1][0][0])
+
+
+@pytest.mark.parametrize("n, batch", [(24, 8), (21, 8), (9, 32)])
+def test_an_epoch_sees_every_image_exactly_once(n, batch):
+    batches = Batches(made_up(n), RunConfig(dataset="imagefolder", batch_size=batch))
+    for epoch in range(3):
+        plan = batches.epoch(epoch)
+        assert len(plan) == batches.steps == math.ceil(n / batch)
+        assert sorted(torch.cat([index for index, *_ in plan]).tolist()) == list(range(n))
+
+
+def test_a_last_batch_of_one_image_is_left_out_and_a_smaller_one_on_demand():
+    def sizes(n, **fields):
+        batches = Batches(made_up(n), RunConfig(dataset="imagefolder", batch_size=8, **fields))
+        assert len(batches.epoch(0)) == batches.steps
+        return [len(index) for index, *_ in batches.epoch(0)]
+
+    assert sizes(17) == [8, 8] and sizes(18) == [8, 8, 2]
+    assert sizes(18, drop_last=True) == [8, 8] and sizes(16, drop_last=True) == [8, 8]
+
+
+def test_no_batch_at_all_is_refused():
+    with pytest.raises(UserError, match="batch_size: 8 leaves no batch of 5 training images with drop_last"):
+        Batches(made_up(5), RunConfig(dataset="imagefolder", batch_size=8, drop_last=True))
+    with pytest.raises(UserError, match="batch_size: 8 leaves no batch of 1 training images; lower"):
+        Batches(made_up(1), RunConfig(dataset="imagefolder", batch_size=8))
+
+
+@pytest.mark.parametrize("dataset, channels, size, pad", [("imagefolder", 3, 32, 4), ("digits", 1, 8, 1)])
+def test_crop_and_flip_are_those_of_a_loop_over_the_images(dataset, channels, size, pad):
+    data = made_up(40, channels, size)
+    batches = Batches(data, RunConfig(dataset=dataset, batch_size=40))
+    plan = batches.epoch(2)[0]
+    x, y = batches.assemble(*plan)
+    assert x.dtype == torch.float32 and x.shape == (40, channels, size, size)
+    for i, (index, down, right, mirrored) in enumerate(zip(*(t.tolist() for t in plan), strict=True)):
+        padded = np.zeros((channels, size + 2 * pad, size + 2 * pad), dtype=np.float32)
+        padded[:, pad : pad + size, pad : pad + size] = data.images[index].numpy()
+        crop = padded[:, down : down + size, right : right + size]
+        if mirrored:
+            crop = crop[:, :, ::-1]
+        expected = (crop - data.mean.numpy()[:, None, None]) / data.std.numpy()[:, None, None]
+        assert np.array_equal(x[i].numpy(), expected) and y[i] == data.labels[index]
+    _, down, right, mirrored = plan
+    assert {0, 2 * pad} <= set(down.tolist()) and {0, 2 * pad} <= set(right.tolist())
+    assert set(mirrored.tolist()) == ({0} if dataset == "digits" else {0, 1})  # a mirrored digit is no digit
+
+
+def test_without_augmentation_a_batch_is_the_images_themselves():
+    data = made_up()
+    batches = Batches(data, RunConfig(dataset="imagefolder", batch_size=21, augment=False))
+    plan = batches.epoch(0)[0]
+    x, _ = batches.assemble(*plan)
+    assert torch.equal(x, data.normalized(data.images[plan[0]]))
+
+
+def test_the_images_are_normalized_by_the_whole_training_set():
+    data, part = digits(), digits(data_fraction=0.1)
+    x = data.normalized(data.images)
+    assert x.mean().abs() < 1e-5 and abs(x.std() - 1) < 1e-5
+    assert torch.equal(data.mean, part.mean) and torch.equal(data.std, part.std)
+
+
+def test_resize_gives_the_size_asked_for_and_leaves_that_size_alone():
+    images = made_up(5, 3, 16).images
+    assert resize(images, None) is images and resize(images, 16) is images
+    small = resize(images, 8)
+    assert small.dtype == torch.uint8 and small.shape == (5, 3, 8, 8)
+    assert (small.float().mean((0, 2, 3)) - images.float().mean((0, 2, 3))).abs().max() < 2
+    flat = torch.full((1, 1, 8, 8), 77, dtype=torch.uint8)
+    assert (resize(flat, 20) == 77).all()
+    assert digits(image_size=16).images.shape[2:] == digits(image_size=16).test_images.shape[2:] == (16, 16)
+
+
+# Image folders
+
+
+def image(path, mode="RGB", size=(6, 6), value=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(value).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).convert(mode).save(path)
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Two classes, three training images and one test image each."""
+    for k, name in enumerate(("cat", "dog")):
+        for i in range(3):
+            image(tmp_path / f"train/{name}/{i}.png", value=10 * k + i)
+        image(tmp_path / f"test/{name}/0.png", value=10 * k + 9)
+    return tmp_path
+
+
+def folder(root, **fields):
+    return load_source(RunConfig(dataset="imagefolder", root=str(root), **fields))
+
+
+def pixels(path):
+    return np.asarray(Image.open(path)).transpose(2, 0, 1)
+
+
+def test_an_image_folder_is_read_class_by_class(root):
+    image(root / "train/cat/.hidden.png")
+    (root / "train/cat/notes.txt").write_text("not an image, and not read")
+    source = folder(root)
+    assert source.classes == ["cat", "dog"]
+    assert source.labels.tolist() == [0, 0, 0, 1, 1, 1] and source.test_labels.tolist() == [0, 1]
+    assert np.array_equal(source.images[4], pixels(root / "train/dog/1.png"))
+    assert np.array_equal(source.test_images[1], pixels(root / "test/dog/0.png"))
+    assert source.images.dtype == np.uint8
+
+
+def test_the_images_are_decoded_once_and_again_when_a_file_changes(root, monkeypatch):
+    first = folder(root)
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "open", lambda path: pytest.fail(f"{path} was decoded again"))
+        again = folder(root)
+    assert np.array_equal(first.images, again.images) and np.array_equal(first.labels, again.labels)
+
+    image(root / "train/dog/1.png", value=77)
+    os.utime(root / "train/dog/1.png", ns=(1, 1))
+    assert np.array_equal(folder(root).images[4], pixels(root / "train/dog/1.png"))
+    image(root / "train/dog/new.png", value=78)
+    assert len(folder(root).images) == 7
+    (root / "train/dog/new.png").unlink()
+    assert len(folder(root).images) == 6
+    assert len([p for p in root.glob(".samlib-*") if p.is_dir()]) == 1  # stale ones are removed
+
+
+@pytest.mark.parametrize("damage", ["images.npy", "labels.npy"])
+def test_a_damaged_cache_is_made_anew(root, damage):
+    first = folder(root)
+    (cache,) = (p for p in root.glob(".samlib-*") if p.is_dir())
+    (cache / damage).write_bytes(b"\x93NUMPY")
+    assert np.array_equal(folder(root).images, first.images)
+
+
+def test_an_unfinished_cache_is_not_used(root):
+    first = folder(root)
+    (cache,) = (p for p in root.glob(".samlib-*") if p.is_dir())
+    (cache / "complete").unlink()
+    (cache / "images.npy").write_bytes(b"")
+    assert np.array_equal(folder(root).images, first.images)
+
+
+def test_a_folder_that_cannot_hold_the_cache_is_read_all_the_same(root, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.warns(UserWarning, match="No space left on device"):
+        patch.setattr(np, "save", full)
+        source = folder(root)
+    assert len(source.images) == 6 and not [p for p in root.glob(".samlib-*") if p.is_dir()]
+
+
+def test_gray_images_have_one_channel_and_among_colored_ones_three(root):
+    for path in root.glob("t*/*/*.png"):
+        image(path, "L")
+    assert folder(root).images.shape == (6, 1, 6, 6)
+    image(root / "train/cat/0.png", "RGB")
+    image(root / "train/cat/1.png", "P")
+    image(root / "train/dog/2.png", "RGBA")
+    source = folder(root)
+    assert source.images.shape == (6, 3, 6, 6) and source.test_images.shape == (2, 3, 6, 6)
+    assert (source.images[3] == source.images[3][:1]).all()
+
+
+def test_images_of_several_sizes_need_an_image_size(root):
+    image(root / "test/dog/1.png", size=(9, 5))
+    with pytest.raises(UserError, match=r"image_size: the images are of 2 sizes \(6x6, 9x5, ...\); set image_size"):
+        folder(root)
+    assert folder(root, image_size=8).images.shape == (6, 3, 8, 8)
+    assert folder(root, image_size=4).test_images.shape == (3, 3, 4, 4)
+
+
+def truncate(path, share):
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+
+
+def truncated_jpeg(root):
+    image(root / "train/cat/x.jpg", size=(64, 64))
+    truncate(root / "train/cat/x.jpg", 0.6)
+
+
+# What is done to an intact folder, and the words that name it.
+BROKEN = {
+    "no root": (shutil.rmtree, "train' is not a folder"),
+    "a file as root": (lambda r: (shutil.rmtree(r), r.write_text("")), "train' is not a folder"),
+    "no train": (lambda r: shutil.rmtree(r / "train"), "train' is not a folder"),
+    "no test": (lambda r: shutil.rmtree(r / "test"), "test' is not a folder"),
+    "no class": (lambda r: [shutil.rmtree(p) for p in (r / "train").iterdir()], "holds 0 class folders: at least 2"),
+    "one class": (lambda r: shutil.rmtree(r / "train/dog"), "holds 1 class folders: at least 2"),
+    "an empty class": (lambda r: (r / "train/emu").mkdir(), "train/emu' holds no image"),
+    "a class of other files": (lambda r: [p.rename(f"{p}.txt") for p in (r / "train/cat").iterdir()], "cat' holds no"),
+    "no test image": (lambda r: [p.unlink() for p in r.glob("test/*/*")], "test' holds no image"),
+    "a class in test alone": (lambda r: image(r / "test/emu/0.png"), "'emu', which train lacks"),
+    "a text named .png": (lambda r: (r / "train/cat/0.png").write_text("text"), "cat/0.png' is not an intact image"),
+    "an empty file": (lambda r: (r / "train/cat/0.png").write_text(""), "cat/0.png' is not an intact image"),
+    "a truncated PNG": (lambda r: truncate(r / "test/dog/0.png", 0.5), "dog/0.png' is not an intact image"),
+    "a truncated JPEG": (truncated_jpeg, "cat/x.jpg' is not an intact image"),
+    "a page named .jpg": (lambda r: (r / "train/dog/a.jpg").write_text("<html>"), "a.jpg' is not an intact image"),
+    "a folder named .png": (lambda r: (r / "train/dog/a.png").mkdir(), "a.png' is not an intact image"),
+    "a broken link": (lambda r: (r / "train/dog/a.png").symlink_to("nowhere"), "a.png' cannot be read (No such file"),
+    "a link to itself": (lambda r: (r / "train/dog/a.png").symlink_to("a.png"), "a.png' cannot be read (Too many"),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_broken_image_folder_is_refused_with_the_path_and_what_to_do(root, how):
+    damage, words = BROKEN[how]
+    damage(root)
+    with pytest.raises(UserError) as refused:
+        folder(root)
+    text = str(refused.value)
+    assert text.startswith("root: ") and words in text and "\n" not in text
+    assert str(root) in text or "train lacks" in text
+    assert not root.is_dir() or not list(root.glob(".samlib-*/complete"))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file")
+@pytest.mark.parametrize("which", ["train/cat/0.png", "train/cat", "train"])
+def test_what_may_not_be_read_is_named(root, which):
+    (root / which).chmod(0)
+    try:
+        with pytest.raises(UserError, match=which):
+            folder(root)
+    finally:
+        (root / which).chmod(0o755)
+
+
+# torchvision's datasets
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    def unreachable(*_, **__):
+        raise urllib.error.URLError("no network in this test")
+
+    monkeypatch.setattr("urllib.request.urlopen", unreachable)
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100", "fashion-mnist"])
+def test_a_dataset_neither_there_nor_downloadable_is_refused_with_what_to_do(dataset, offline, tmp_path):
+    with pytest.raises(UserError) as refused:
+        load_source(RunConfig(dataset=dataset, root=str(tmp_path / "data")))
+    text = str(refused.value)
+    assert text.startswith(f"dataset: {dataset} is not in root") and str(tmp_path) in text and "\n" not in text
+    assert "put torchvision's" in text
+
+
+@pytest.fixture
+def cifar(tmp_path, monkeypatch, offline):
+    """A CIFAR-10 of twelve images in torchvision's files, with their hashes."""
+    from samlib._torchvision import torchvision
+
+    base = tmp_path / "cifar-10-batches-py"
+    base.mkdir()
+    draw = np.random.default_rng(0)
+
+    def write(name, content) -> str:
+        (base / name).write_bytes(pickle.dumps(content))
+        return hashlib.md5((base / name).read_bytes()).hexdigest()
+
+    def batch(n):
+        return {"data": draw.integers(0, 256, (n, 3072), dtype=np.uint8), "labels": [i % 10 for i in range(n)]}
+
+    train = batch(12)
+    cifar10 = torchvision.datasets.CIFAR10
+    monkeypatch.setattr(cifar10, "train_list", [["data_batch_1", write("data_batch_1", train)]])
+    monkeypatch.setattr(cifar10, "test_list", [["test_batch", write("test_batch", batch(10))]])
+    names = {"label_names": [str(k) for k in range(10)]}
+    meta = {"filename": "batches.meta", "key": "label_names", "md5": write("batches.meta", names)}
+    monkeypatch.setattr(cifar10, "meta", meta)
+    return tmp_path, train
+
+
+def test_cifar_is_read_from_the_root_when_it_is_there(cifar):
+    root, train = cifar
+    source = load_source(RunConfig(root=str(root)))
+    assert source.images.shape == (12, 3, 32, 32) and source.test_images.shape == (10, 3, 32, 32)
+    assert np.array_equal(source.images, train["data"].reshape(12, 3, 32, 32))
+    assert source.labels.tolist() == train["labels"] and len(source.classes) == 10
+
+
+def test_cifar_with_one_wrong_byte_is_not_used(cifar):
+    root, _ = cifar
+    path = root / "cifar-10-batches-py/data_batch_1"
+    content = bytearray(path.read_bytes())
+    content[-50] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="dataset: cifar10 is not in root"):
+        load_source(RunConfig(root=str(root)))
