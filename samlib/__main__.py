@@ -7,13 +7,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from samlib import PROJECT
-from samlib.config import RunConfig, UserError
+from samlib import PROJECT  # and nothing that imports torch: Dask's workers import this module when they start
+
+if __name__ in ("__main__", "__mp_main__"):
+    # Ctrl-C ends this process without a traceback; a worker, which gets it too, leaves it to `stop` below.
+    signal.signal(signal.SIGINT, signal.SIG_DFL if __name__ == "__main__" else signal.SIG_IGN)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 when all is well, 1 when a run or notebook failed, 2 for bad input, 130 after Ctrl-C."""
     args = parser().parse_args(arguments)
+    from samlib.config import UserError
+
     try:
         return args.command(args)
     except UserError as error:
@@ -51,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
     add("report", report, "A study's tables, as markdown.")
     sub = add("bench", bench, "Measure the speed here, beside other implementations.", study=False)
     sub.add_argument("what", nargs="?", choices=["cpu", "gpu"], default="cpu")
+    sub.add_argument("--quick", action="store_true", help="few repeats, to see that it works; the table is not kept")
     return top
 
 
@@ -67,6 +73,7 @@ def figures_of(root: Path) -> Path:
 
 def run(args: argparse.Namespace) -> int:
     from samlib import runner
+    from samlib.config import UserError
     from samlib.runs import Run
     from samlib.study import Study, parse_config, read_yaml, relative
 
@@ -90,15 +97,17 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         return dry_run(configs, root, args.workers)
 
-    command = " ".join(["python -m samlib", *sys.argv[1:]])
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell started this in the background
+    def stop(*_: Any) -> None:  # no exception: Dask's own way out would wait for its workers
+        runner.end_children()
+        command = " ".join(["python -m samlib", *sys.argv[1:]])
+        print(f"\nStopped. Finished runs are kept and started ones resume: {command}", file=sys.stderr, flush=True)
+        os._exit(130)
+
+    before = signal.signal(signal.SIGINT, stop)
     try:
         failures = runner.run_all(configs, root, study, figures, args.workers, args.scheduler, not args.no_notebooks)
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        runner.end_children()
-        print(f"\nStopped. What was finished is kept, and started runs resume: {command}", file=sys.stderr, flush=True)
-        os._exit(130)  # Dask's own way out would wait for the workers
+    finally:
+        signal.signal(signal.SIGINT, before)
 
     for task, error in failures:
         notebook = f" (see {relative(task.failed)})" if task.failed.exists() else ""
@@ -121,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
-def dry_run(configs: list[RunConfig], root: Path, workers: int | None) -> int:
+def dry_run(configs: list, root: Path, workers: int | None) -> int:
     from samlib import runner
     from samlib.runs import Run
 
@@ -186,12 +195,14 @@ def report(args: argparse.Namespace) -> int:
 
 
 def bench(args: argparse.Namespace) -> int:
+    from samlib.config import UserError
+
     sys.path.insert(0, str(PROJECT))
     try:
         from benchmarks.bench import bench as measure
     except ImportError as error:
         raise UserError(f"bench: {error.name} is not installed here; use `make bench`") from None
-    return measure(args.what)
+    return measure(args.what, args.quick)
 
 
 if __name__ == "__main__":

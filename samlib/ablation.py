@@ -30,9 +30,9 @@ def estimate(values: pd.Series) -> Estimate:
 
 def _estimates(frame: pd.DataFrame, value: str) -> pd.DataFrame:
     groups = frame.groupby(["mix", "rho"], dropna=False)[value]
-    rows = [(mix, rho, *estimate(values)) for (mix, rho), values in groups]
-    table = pd.DataFrame(rows, columns=["mix", "rho", *ESTIMATE])
-    return table.sort_values(["rho", "mix"], key=lambda c: c.map(mix_order) if c.name == "mix" else c)
+    rows = [(*cell, *estimate(values)) for cell, values in groups]
+    rows.sort(key=lambda row: (np.nan_to_num(row[1], nan=-1), mix_order(row[0])))
+    return pd.DataFrame(rows, columns=["mix", "rho", *ESTIMATE])
 
 
 def means(frame: pd.DataFrame, value: str = "test_accuracy") -> pd.DataFrame:
@@ -42,12 +42,9 @@ def means(frame: pd.DataFrame, value: str = "test_accuracy") -> pd.DataFrame:
 
 
 def pairs(frame: pd.DataFrame, value: str = "test_accuracy", baseline: str = "sgd") -> pd.DataFrame:
-    """One row a run that is not SGD: `difference`, its value minus that of the baseline run with the same other fields.
-
-    The baseline run has the same rho, too, unless it is SGD, which has none: of several with the same other fields, the
-    first. Where the frame has a column `setting` (how the value was measured), both sides share it. NaN where one of
-    the two is missing or diverged.
-    """
+    """One row a run that is not SGD: `difference`, its value minus that of the baseline run with the same other fields
+    (the rho too, unless it is SGD, which has none; and `setting`, how the value was measured, where there is such a
+    column); NaN where one of the two is missing or diverged."""
     frame = frame.assign(pair=pair_key)
     on = ["pair", *(["setting"] if "setting" in frame else []), *(["rho"] if baseline != "sgd" else [])]
     base = frame[frame.mix == baseline].drop_duplicates(on)[[*on, value]]
@@ -69,19 +66,16 @@ def pick(table: pd.DataFrame, mix: str, rho: float) -> Estimate:
 
 def verdict(difference: Estimate, sign: int = 1) -> str:
     """Of a claim that the difference has this sign: it holds or is contradicted where the interval says so."""
-    if not difference.excludes_zero:
-        return "undecided" if difference.n else "not measured"
-    return "holds" if np.sign(difference.mean) == np.sign(sign) else "contradicted"
+    if difference.excludes_zero:
+        return "holds" if difference.mean * sign > 0 else "contradicted"
+    return "undecided" if difference.n else "not measured"
 
 
 def document_cells(reference: pd.DataFrame) -> pd.DataFrame:
-    """The document's table as read (rho, update, test_accuracy_percent), one row a cell.
-
-    Columns: rho, mix, `values` (a tuple of fractions: two where the document gives two, none where it leaves the cell
-    open) and `to_sgd` (their mean minus SGD at the same rho; NaN where open).
-    """
-    cells = reference.groupby(["rho", "update"], sort=False).test_accuracy_percent
-    cells = cells.agg(lambda x: tuple(x.dropna() / 100)).rename("values").rename_axis(["rho", "mix"]).reset_index()
+    """The document's table as read (rho, update, test_accuracy_percent), one row a cell: rho, mix, `values` (fractions:
+    two where it gives two, none where it leaves the cell open), `to_sgd` (their mean minus SGD's at the same rho)."""
+    cells = reference.rename(columns={"update": "mix"}).groupby(["rho", "mix"], sort=False).test_accuracy_percent
+    cells = cells.agg(lambda x: tuple(x.dropna() / 100)).rename("values").reset_index()
     mean = cells["values"].map(lambda v: np.mean(v) if v else np.nan)
     sgd = cells.rho.map(mean[cells.mix == "sgd"].set_axis(cells.rho[cells.mix == "sgd"]))
     return cells.assign(to_sgd=mean - sgd)
@@ -97,10 +91,8 @@ def with_sharpness(frame: pd.DataFrame, sharpness: pd.DataFrame) -> pd.DataFrame
 
 
 def batch_difference(frame: pd.DataFrame, value: str, a: tuple, b: tuple) -> Estimate:
-    """The paired difference, (batch size, learning rate) a minus b, between runs that share every other field.
-
-    How often a run is probed and evaluated may differ: in steps, it depends on the batch size.
-    """
+    """The paired difference, (batch size, learning rate) a minus b, between runs that share all but these and how
+    often they are probed and evaluated."""
     setting = [str(pair) for pair in zip(frame.batch_size.tolist(), frame.lr.tolist(), strict=True)]
     sides = frame.assign(setting=setting, pair=pair_key(frame, ("batch_size", "lr", "probe_every", "eval_every")))
     return paired_difference(sides, value, "setting", str(a), str(b), ["pair"])
@@ -110,19 +102,20 @@ def batch_learning(frame: pd.DataFrame, probes: pd.DataFrame, metrics: pd.DataFr
     """The frame with columns that say how each run learned; NaN where it diverged or the rows are not there.
 
     `first_norm`, `mean_norm`: log10 of the mini-batch gradient's norm, at step 0 and as mean over the probes.
-    `loss_by_epoch`, `loss_by_step`: the mean log10 of the training loss (unaugmented) over the epochs, and over the
-    updates, that all runs have in common, interpolated linearly between evaluations.
+    `loss_by_epoch`, `loss_by_step`: the mean training loss (unaugmented) over the epochs, and over the updates, that
+    all runs have in common, interpolated linearly between evaluations; `log_loss_by_...`: the mean of its log10.
     """
     done, frame = frame.index[frame.status == "done"], frame.assign(first_norm=np.nan, mean_norm=np.nan)
     if len(probes):
-        probes = probes[probes.run.isin(done)].assign(log_norm=lambda p: np.log10(p.grad_norm))
-        frame["first_norm"] = probes[probes.step == 0].set_index("run").log_norm
-        frame["mean_norm"] = probes.groupby("run").log_norm.mean()
+        probes = probes[probes.run.isin(done)].set_index("run")
+        frame["first_norm"] = np.log10(probes.grad_norm[probes.step == 0])
+        frame["mean_norm"] = np.log10(probes.grad_norm).groupby("run").mean()
     curves = {run: rows for run, rows in metrics.groupby("run") if run in done} if len(metrics) else {}
     for x in ("epoch", "step"):
-        low = max((rows[x].min() for rows in curves.values()), default=0)
-        high = min((rows[x].max() for rows in curves.values()), default=0)
+        ends = [(rows[x].min(), rows[x].max()) for rows in curves.values()] or [(0, 0)]
+        low, high = max(a for a, _ in ends), min(b for _, b in ends)
         grid = np.linspace(low, high, 101) if low <= high else np.array([np.nan])
-        mean = {run: np.interp(grid, rows[x], np.log10(rows.eval_train_loss)).mean() for run, rows in curves.items()}
-        frame[f"loss_by_{x}"] = pd.Series(mean, dtype=float)
+        for name, scale in ((f"loss_by_{x}", np.asarray), (f"log_loss_by_{x}", np.log10)):
+            mean = {run: np.interp(grid, rows[x], scale(rows.eval_train_loss)).mean() for run, rows in curves.items()}
+            frame[name] = pd.Series(mean, dtype=float)
     return frame

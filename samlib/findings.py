@@ -25,8 +25,8 @@ def _regimes(study: Study, root: Path, grid: str) -> str:
         for key, row in pooled.iterrows()
     )
     return (
-        f"SAM − SGD, final test accuracy in points over all data sizes: {noise}. Of {len(cells)} regimes SAM is above in "
-        f"{signs.above} and below in {signs.below} ({max(e.n for e in cells)} seed(s) each)"
+        f"SAM − SGD, final test accuracy in points over all data sizes: {noise}. Of {len(cells)} regimes SAM is above "
+        f"in {signs.above} and below in {signs.below} ({max(e.n for e in cells)} seed(s) each)"
     )
 
 
@@ -39,15 +39,16 @@ def _geometry(study: Study, root: Path, grid: str) -> str:
         first, last = start_and_end(active[name])
         shares.append(f"{name[-1]}: {percent(first)} → {percent(last)}")
     dead = percent(probes.inactive.mean())
-    return f"shares of active parameters over training, {', '.join(shares)} ({dead} inactive; one run, {len(probes)} probes)"
+    n = f"{dead} inactive; one run, {len(probes)} probes"
+    return f"shares of active parameters over training, {', '.join(shares)} ({n})"
 
 
 def _thresholds(study: Study, root: Path, grid: str) -> str:
     _, _, tables = geometry.load(study.path, root, grid, ("thresholds",), 0)
     table = geometry.thresholds_with_chance(tables["thresholds"])
     return (
-        f"{percent(table.share.mean())} of checkpoint 1 exceed the threshold, chance gives {percent(table.chance.mean())} "
-        f"(lift {table['lift'].mean():.2f}; {len(table)} epochs of one run)"
+        f"{percent(table.share.mean())} of checkpoint 1 exceed the threshold, by chance "
+        f"{percent(table.chance.mean())} would (lift {table['lift'].mean():.2f}; {len(table)} epochs of one run)"
     )
 
 

@@ -170,7 +170,10 @@ def checkpoint1_by_run(runs: pd.DataFrame, probes: pd.DataFrame) -> pd.DataFrame
         late = part.checkpoint1[part.step >= 0.75 * part.step.max()]
         rows.append({"run": run, "last": part.checkpoint1.iloc[-1], "last_quarter": late.mean(), "probes": len(late)})
     kept = runs.loc[runs.status == "done", ["rho", "seed", "test_accuracy"]]
-    return kept.join(pd.DataFrame(rows).set_index("run"), how="inner")
+    table = kept.join(pd.DataFrame(rows).set_index("run"), how="inner")
+    if table.empty:
+        raise UserError(f"all of the {len(runs)} runs diverged: there is no test accuracy to compare; lower rho or lr")
+    return table
 
 
 def correlations(table: pd.DataFrame, share: str) -> pd.DataFrame:
@@ -216,7 +219,7 @@ def leaving_quantiles(table: pd.DataFrame, levels: tuple[float, ...] = (0.1, 0.5
     """The rho of the grid by which these shares have left checkpoint 1, by epoch and kind; NaN beyond the grid."""
     rows = []
     for (epoch, kind), part in table.groupby(["epoch", "kind"]):
-        gone = {q: part.rho[part.survival <= 1 - q].min() for q in levels}
+        gone = {q: part.rho[part.survival <= 1 - q + 1e-9].min() for q in levels}
         rows.append({"epoch": epoch, "kind": kind, "members": int(part.still.iloc[0]), **gone})
     return pd.DataFrame(rows)
 

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from samlib.ablation import mix_order
 from samlib.config import UserError
@@ -109,12 +109,12 @@ def difference_dots(table: pd.DataFrame, pairs: pd.DataFrame, cells: pd.DataFram
                 spread = [[100 * (mean - low)], [100 * (high - mean)]] if n > 1 else None
                 axes.errorbar(100 * mean, y, xerr=spread, fmt="o", color=color, capsize=3, ms=6, elinewidth=0.8)
             if left_out:
-                axes.annotate(f"{left_out} diverged or unpaired", (0.01, y), xycoords=("axes fraction", "data"), size=7)
+                place = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom", "color": "#B00000"}
+                axes.annotate(f"{left_out} left out", (0.99, y), size=7, **place)
         here = said[said.rho == rho]
         axes.plot(
             100 * here.to_sgd, [mixes.index(m) for m in here.mix], "D", mfc="none", color=COLORS["document"], ms=6
         )
-        axes.set(xlabel="test accuracy − SGD's, points")
         axes.set_title(f"ρ = {rho:g}", loc="left", fontsize=9)
         axes.grid(axis="y", visible=False)
     _mix_rows(panels[0, 0], mixes)
@@ -127,7 +127,8 @@ def difference_dots(table: pd.DataFrame, pairs: pd.DataFrame, cells: pd.DataFram
     figure.legend(
         keys, list(names.values())[: len(keys)], loc="outside lower center", ncols=3, fontsize=8, frameon=False
     )
-    caption(panels[0, -1], f"{dataset}; n = {_range(table.n)}")
+    figure.supxlabel("test accuracy − SGD's, points", fontsize=9)
+    figure.suptitle(f"{dataset}; n = {_range(table.n)}", x=0.99, ha="right", fontsize=8, color="#555555")
     return figure
 
 
@@ -168,7 +169,7 @@ def sharpness_dots(sharp: pd.DataFrame, tables: dict[tuple[str, str], pd.DataFra
     if palette:
         keys = [Line2D([], [], ls="", marker="o", color=palette[rho]) for rho in rhos]
         figure.legend(keys, [f"ρ = {rho:g}" for rho in rhos], loc="outside lower center", ncols=len(rhos), fontsize=8)
-    caption(panels[0, -1], dataset)
+    figure.suptitle(dataset, x=0.99, ha="right", fontsize=8, color="#555555")
     return figure
 
 
@@ -358,8 +359,7 @@ def plot_layers(table: pd.DataFrame, source: str) -> Figure:
 
 
 def plot_ratio_bins(probes: pd.DataFrame, edges: tuple[float, ...], source: str) -> Figure:
-    """Project 2: the seven bins of |g'| / |g| within checkpoint 1 over training (column `at`: epochs), and their running
-    medians."""
+    """Project 2: the seven bins of |g'| / |g| within checkpoint 1 over training (column `at`: epochs), and medians."""
     bounds = ["1", *(f"{edge:g}" for edge in edges), "∞"]
     figure, axes = plt.subplots(figsize=(9, 4.2))
     colors = plt.get_cmap("viridis")([k / 6.5 for k in range(7)])
@@ -607,7 +607,7 @@ def regime_heatmap(differences: pd.Series, dataset: str, mark: str) -> Figure:
     """
     table = differences.unstack("data_fraction").sort_index(ascending=False)  # (noise, data), Estimates
     means = table.map(lambda e: e.mean if e.n else np.nan).astype(float)
-    limit = 1.4 * max(float(np.nanmax(np.abs(means), initial=0)), 0.5)
+    limit = 1.4 * max(means.abs().fillna(0).to_numpy().max(), 0.5)
     figure, axes = plt.subplots(figsize=(2.2 + 1.9 * table.shape[1], 1.3 + 0.95 * table.shape[0]))
     axes.set_facecolor("#DDDDDD")
     image = axes.pcolormesh(means, cmap="PuOr_r", vmin=-limit, vmax=limit, edgecolors="white", linewidth=2)
@@ -627,6 +627,13 @@ def regime_heatmap(differences: pd.Series, dataset: str, mark: str) -> Figure:
     return figure
 
 
+def _runs_of(cell: pd.DataFrame, mixes: list[str]) -> str:
+    """How many finished runs a panel holds; one number a mix, in the legend's order, where they differ."""
+    done = cell[cell.status == "done"]
+    counts = [str(done.run[done.mix == mix].nunique()) for mix in mixes]
+    return "n = " + (counts[0] if len(set(counts)) == 1 else " / ".join(counts))
+
+
 def regime_curves(
     curves: pd.DataFrame, values: dict[str, str], label: str, dataset: str, x: str = "epoch", xlabel: str = "epochs"
 ) -> Figure:
@@ -636,9 +643,10 @@ def regime_curves(
     a run that diverged ends in a cross and is in no mean.
     """
     noises, sizes = sorted(curves.noise_fraction.unique()), sorted(curves.data_fraction.unique())
+    used = [mix for mix in REGIME_MIXES if (curves.mix == mix).any()]
     shape = (len(noises), len(sizes))
     figure, grid = plt.subplots(
-        *shape, figsize=(1.0 + 2.7 * shape[1], 1.0 + 1.6 * shape[0]), sharex="col", sharey="row", squeeze=False
+        *shape, figsize=(max(1.0 + 2.7 * shape[1], 5), 1.0 + 1.6 * shape[0]), sharex="col", sharey="row", squeeze=False
     )
     for (row, column), axes in np.ndenumerate(grid):
         cell = curves[(curves.noise_fraction == noises[row]) & (curves.data_fraction == sizes[column])]
@@ -653,13 +661,9 @@ def regime_curves(
                 mean = part[part.status == "done"].groupby(x)[column_name].mean()
                 axes.plot(mean.index, mean, color=color, lw=1.8, ls=line)
         axes.set_title(f"{_percent(sizes[column])} data, {_percent(noises[row])} noise", loc="left", fontsize=8)
-        numbers = {name: cell.run[cell.mix == mix].nunique() for mix, (name, *_) in REGIME_MIXES.items()}
-        numbers = {name.split(",")[0]: n for name, n in numbers.items() if n}
-        each = ", ".join(f"{name} {n}" for name, n in numbers.items()) or "no run yet"
-        caption(axes, f"n = {min(numbers.values())}" if len(set(numbers.values())) == 1 else each)
+        caption(axes, _runs_of(cell, used))
     for axes in grid[-1]:
         axes.set_xlabel(xlabel)
-    used = [mix for mix in REGIME_MIXES if (curves.mix == mix).any()]
     keys = [Line2D([], [], color=REGIME_MIXES[m][1], ls=REGIME_MIXES[m][2] if len(values) == 1 else "-") for m in used]
     names = [REGIME_MIXES[m][0] for m in used]
     if len(values) > 1:
@@ -717,7 +721,7 @@ def regime_scaling(runs: pd.DataFrame, table: pd.DataFrame, dataset: str) -> Fig
             x, bounds = images[column.index] * shift, pd.DataFrame(list(column), index=column.index)
             if len(column):
                 points_with_interval(axes, x, bounds["mean"], bounds["low"], bounds["high"], color=color, ms=6, lw=1.5)
-        axes.set(xscale="log", xlabel="training images")
+        axes.set(xscale="log", xlabel="training images", xlim=(images.min() / 1.5, images.max() * 1.5))
         axes.set_xticks(images.dropna(), [f"{n:,.0f}\n{_percent(f)}" for f, n in images.dropna().items()], minor=False)
         axes.minorticks_off()
         axes.set_title(f"{_percent(noise)} noise", loc="left", fontsize=9)
@@ -725,7 +729,7 @@ def regime_scaling(runs: pd.DataFrame, table: pd.DataFrame, dataset: str) -> Fig
     panels[0, 0].set_ylabel("final test accuracy, %")
     keys = [Line2D([], [], color=REGIME_MIXES[mix][1], marker="o") for mix in ("sgd", "sam")]
     panels[0, 0].legend(keys, ["SGD", "SAM"], fontsize=8, loc="lower right")
-    caption(panels[0, -1], f"{dataset}; {_n_of(pd.Series([e.n for e in table['test_accuracy']]))}")
+    caption(panels[0, -1], f"{dataset}; {_n_of(pd.Series([e.n for e in table['test_accuracy'] if e.n]))}")
     return figure
 
 

@@ -34,11 +34,16 @@ class GradientPair:
     loss: float
     loss_sam: float
 
-    def codes(self) -> Tensor:
+    def codes(self, *, compile: bool = False) -> Tensor:
         """The checkpoint of every parameter, uint8 (parameters,), layer after layer."""
-        return torch.cat(
-            [checkpoint_codes(flat(a), flat(laid_out(b, a))) for a, b in zip(self.g, self.g_sam, strict=True)]
-        )
+        pieces = []
+        for a, b in zip(self.g, self.g_sam, strict=True):
+            a, b = flat(a), flat(laid_out(b, a))
+            if compile:
+                pieces.append(_compiled_codes()(a, b))
+            else:
+                pieces.extend(checkpoint_codes(*piece) for piece in chunks(a, b))
+        return torch.cat(pieces)
 
     def sizes(self) -> Tensor:
         """|g| of every parameter (parameters,), in the order of the codes."""
@@ -110,6 +115,11 @@ def _pair_sums(g: Tensor, g_sam: Tensor) -> Tensor:
     bins = [a - b for a, b in zip(above, above[1:], strict=False)]
     squares = [(a * b).sum(dtype=torch.float64) for a, b in ((g, g), (g_sam, g_sam), (g, g_sam))]
     return torch.stack([g.numel() - in1 - in2 - in3 - in4, in1, in2, in3, in4, *bins, tail, *squares])
+
+
+@lru_cache
+def _compiled_codes():
+    return compiled(checkpoint_codes, dynamic=True)
 
 
 @lru_cache

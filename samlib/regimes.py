@@ -27,6 +27,7 @@ from samlib.study import Study
 CELL = ["data_fraction", "noise_fraction"]  # a regime
 DIFFERENCE = "SAM − SGD"
 NAMES = {"sgd": "SGD", "sam": "SAM"}
+NOTHING = Estimate(np.nan, np.nan, np.nan, 0)
 SEEDS = ("seed", "data_seed")
 # Fields that say what is measured, how often and with what resources, not what is trained.
 MEASURED = (
@@ -117,7 +118,7 @@ def with_speed(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
 def mean_of(values: pd.Series) -> Estimate:
     """The mean and its interval over what is there; n = 0 where nothing is."""
     used = values.dropna()
-    estimate = mean_interval(used) if len(used) else Estimate(np.nan, np.nan, np.nan, 0)
+    estimate = mean_interval(used) if len(used) else NOTHING
     return estimate._replace(left_out=len(values) - len(used))
 
 
@@ -225,8 +226,7 @@ def correlations(runs: pd.DataFrame, measures: Sequence[str], value: str = "gap"
     rows = {}
     for measure in measures:
         used = runs.dropna(subset=[measure, value])
-        rows[measure] = {
-            "all runs": correlation(used[measure], used[value]),
-            "within regimes": within_correlation(used[measure], used[value], used[CELL].agg(tuple, axis=1)),
-        }
+        x, y = used[measure], used[value]
+        within = within_correlation(x, y, used.groupby(CELL).ngroup()) if len(used) else NOTHING
+        rows[measure] = {"all runs": correlation(x, y), "within regimes": within}
     return pd.DataFrame(list(rows.values()), index=pd.Index(rows, name="measure"))

@@ -46,6 +46,8 @@ def text(estimate: Estimate, digits: int | None = 1, difference: bool = False) -
 
 def bounds(correlation: Estimate) -> str:
     """A correlation with the ends of its interval, which is not symmetric, and MARK where that excludes zero."""
+    if np.isnan(correlation.mean):
+        return f"not defined (n={correlation.n})"
     if np.isnan(correlation.half):
         return f"{correlation.mean:+.2f} (n={correlation.n}, no interval)"
     mark = f" {MARK}" if correlation.excludes_zero else ""

@@ -4,7 +4,6 @@ import logging
 import math
 import os
 import shutil
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from tqdm import tqdm
 
 from samlib import PROJECT
 from samlib.config import RunConfig, UserError
+from samlib.execute import execute, failed_notebook
 from samlib.runs import Run
 from samlib.study import NOTEBOOKS, Study, relative
 
@@ -27,8 +27,6 @@ SIZES = {
     "cifar10": (50_000, 10_000),
     "cifar100": (50_000, 10_000),
 }
-# Ctrl-C reaches every process of the terminal: the workers leave it to this one, which then ends them.
-PRELOAD = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
 
 
 @dataclass(frozen=True)
@@ -43,41 +41,6 @@ class Task:
     @property
     def failed(self) -> Path:
         return failed_notebook(self.output)
-
-
-def failed_notebook(output: Path) -> Path:
-    return output.with_name(f"{output.stem}.failed.ipynb")
-
-
-def execute(notebook: str, output: str, parameters: dict[str, Any], folder: str) -> str | None:
-    """Executes a notebook, in `folder`; returns its error's last line, or None. What its kernel dies of is raised.
-
-    The output appears whole or not at all; that of a notebook with an error is kept as `<name>.failed.ipynb`.
-    """
-    import papermill
-
-    final = Path(output)
-    failed = failed_notebook(final)
-    partial = final.with_name(f".{final.stem}.{os.getpid()}.ipynb")
-    os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"  # else the debugger warns in every kernel
-    options = {"start_timeout": 600, "extra_arguments": ["--IPKernelApp.log_level=40"]}
-    final.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            papermill.execute_notebook(
-                notebook, str(partial), parameters, cwd=folder, progress_bar=False, log_output=False, **options
-            )
-        os.replace(partial, final)
-        for leftover in (failed, *final.parent.glob(f".{final.stem}.*.ipynb")):  # of workers that were killed
-            leftover.unlink(missing_ok=True)
-    except papermill.PapermillExecutionError as error:
-        os.replace(partial, failed)
-        last = (str(error.evalue).strip().splitlines() or [""])[-1][:1000]
-        return last if error.ename == "UserError" else f"{error.ename}: {last}"
-    finally:
-        partial.unlink(missing_ok=True)
-    return None
 
 
 def training_task(config: RunConfig, root: Path) -> Task:
@@ -136,7 +99,6 @@ def dask_client(workers: int, scheduler: str | None) -> Iterator[Any]:
     settings = {
         "distributed.scheduler.worker-saturation": 1.0,  # one task a worker, so that a dying one is charged to its own
         "distributed.scheduler.allowed-failures": 3,
-        "distributed.worker.preload": [PRELOAD],
     }
     address = {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}
     with (
@@ -220,9 +182,7 @@ def end_children() -> None:
 
     me = psutil.Process()
     signal_all(me.children(), "suspend")
-    children = me.children(recursive=True)
-    signal_all(children, "kill")
-    psutil.wait_procs(children, timeout=2)
+    signal_all(me.children(recursive=True), "kill")
 
 
 def estimated_seconds(configs: list[RunConfig]) -> tuple[float, list[str]]:

@@ -90,7 +90,8 @@ _MEMBERSHIP: dict[frozenset[int], Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def checkpoint_codes(g: Tensor, g_sam: Tensor) -> Tensor:
-    """The checkpoint of every parameter, 0 to 4, decided exactly: no division, no epsilon, no product.
+    """The checkpoint of every parameter, 0 to 4, decided exactly: no division, no epsilon, no product
+    but that of the signs.
 
     g and g_sam have one shape; so has the result (uint8). A NaN in either belongs to no class and gives 0.
     Source: the four cases of "Geometry SAM", with the ties and zeros that a ratio leaves open put in 1, 3 and 0.
@@ -100,11 +101,9 @@ def checkpoint_codes(g: Tensor, g_sam: Tensor) -> Tensor:
     """
     if g.shape != g_sam.shape:
         raise ValueError(f"g has shape {tuple(g.shape)} and g_sam {tuple(g_sam.shape)}: they must be of one shape")
-    size, size_sam = g.abs(), g_sam.abs()
-    smaller = size_sam < size
-    classed = (g != 0) & (g_sam != 0) & (smaller | (size_sam >= size))
-    opposite = torch.signbit(g) ^ torch.signbit(g_sam)
-    return (1 + smaller.to(torch.uint8) + 2 * opposite.to(torch.uint8)) * classed
+    signs = g.sign() * g_sam.sign()  # -1, 0 or 1; a NaN has the sign 0
+    smaller = g_sam.abs() < g.abs()
+    return (1 + smaller.to(torch.uint8) + 2 * (signs < 0).to(torch.uint8)) * (signs != 0)
 
 
 def flat(tensor: Tensor) -> Tensor:

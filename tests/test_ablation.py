@@ -138,5 +138,7 @@ def test_learning_is_compared_over_the_epochs_and_the_updates_that_runs_share():
     learned = batch_learning(runs, probes, metrics)
     assert learned.first_norm.tolist()[:2] == pytest.approx([1, 0]) and math.isnan(learned.first_norm["run2"])
     assert learned.mean_norm.tolist()[:2] == pytest.approx([0, -1])
-    assert learned.loss_by_epoch.tolist()[:2] == pytest.approx([2, 2])
-    assert learned.loss_by_step.tolist()[:2] == pytest.approx([3.5, 2])  # over updates 0 to 10
+    assert learned.log_loss_by_epoch.tolist()[:2] == pytest.approx([2, 2])
+    assert learned.log_loss_by_step.tolist()[:2] == pytest.approx([3.5, 2])  # over updates 0 to 10
+    linear = np.interp(np.linspace(0, 4, 101), range(5), [10 ** (4.0 - e) for e in range(5)]).mean()
+    assert learned.loss_by_epoch.tolist()[:2] == pytest.approx([linear, linear])

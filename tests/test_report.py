@@ -158,6 +158,19 @@ def test_a_verdict_counts_a_difference_only_where_its_interval_excludes_zero(acc
     assert regimes.verdict(Estimate(*accuracy, 3), Estimate(*sharpness, 3)) == words
 
 
+def test_signs_count_only_what_was_measured():
+    missing, single = Estimate(np.nan, np.nan, np.nan, 0), Estimate(2, np.nan, np.nan, 1)
+    assert regimes.signs([missing, single, Estimate(1, 0.5, 1.5, 3), Estimate(-1, -2, 0.5, 3)]) == (3, 2, 1, 1, 0)
+
+
+def test_correlations_within_regimes_forget_the_order_of_the_regimes():
+    rng = np.random.default_rng(0)
+    cell, inner = np.repeat([0.1, 0.5, 1.0], 6), rng.normal(size=18)
+    frame = pd.DataFrame({"data_fraction": cell, "noise_fraction": 0.0, "sharp": -100 * cell + inner})
+    row = regimes.correlations(frame.assign(gap=100 * cell + inner), ["sharp"]).loc["sharp"]
+    assert row["all runs"].mean < -0.9 and row["within regimes"].mean == pytest.approx(1)
+
+
 def test_numbers_are_shown_with_n_and_marked_only_as_differences():
     assert text(Estimate(1.25, 0.25, 2.25, 3), 1) == "1.2 ± 1.0 (n=3)"
     assert text(Estimate(1.25, 0.25, 2.25, 3), 1, difference=True) == "+1.2 ± 1.0 (n=3) ★"

@@ -1,0 +1,123 @@
+"""What runs on a GPU: the first document's grid, one run of the second's, the captured step beside the eager one."""
+
+import tempfile
+import time
+from itertools import product
+from pathlib import Path
+
+import torch
+
+from benchmarks import images, measure
+from benchmarks.measure import Row, in_turn, ratios, seconds
+from samlib.config import RunConfig
+from samlib.models import build_model
+from samlib.sam import SAM
+from samlib.step import EagerStep, GraphStep
+from samlib.train import numerics, train
+
+
+def measure_all(quick: bool) -> None:
+    title = "Speed on a GPU"
+    if not torch.cuda.is_available():
+        note = "no CUDA device here: not measured"
+        measure.report("gpu", title, measure.machine(), [], [note], keep=not quick)
+        return
+    begin, facts = time.monotonic(), measure.machine()
+    short = (1, 2) if quick else (10, 20)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [*losses(8 if quick else 50), *speed(10 if quick else 100, 2 if quick else 7)]
+        _, facts["images"] = images.settings(real=False)  # CIFAR-10's shape
+        rows += grid(Path(folder), short)
+        images.settings(classes=100, real=False)
+        rows.append(long_run(Path(folder), short))
+    facts["took"] = f"{(time.monotonic() - begin) / 60:.1f} minutes"
+    notes = [
+        f"Times of whole runs are taken from trainings of {short[0]} and {short[1]} epochs, start, loading and capture "
+        f"included: T({short[0]}), and the difference of both for every further {short[1] - short[0]} epochs."
+    ]
+    measure.report("gpu", title, facts, rows, notes, keep=not quick)
+
+
+def minutes(config: RunConfig, root: Path, short: tuple[int, int]) -> float:
+    """Minutes of a whole run, from two short ones with the same intervals."""
+    few, more = (
+        seconds(lambda epochs=epochs: train(config.model_copy(update={"epochs": epochs}), root, progress=False))
+        for epochs in short
+    )
+    return (few + (more - few) * (config.epochs - short[0]) / (short[1] - short[0])) / 60
+
+
+def grid(root: Path, short: tuple[int, int]) -> list[Row]:
+    """18 runs of one seed: each optimizer and data fraction once, taken for its three levels of label noise."""
+    rows = []
+    warm = RunConfig(dataset="cifar10", data_fraction=0.01, epochs=1, device="cuda")
+    train(warm, root, progress=False)
+    for precision in ("fp32", "bf16"):
+        parts = {}
+        for mix, fraction in product(("sgd", "sam"), (0.01, 0.1, 1.0)):
+            config = RunConfig(dataset="cifar10", mix=mix, data_fraction=fraction, precision=precision, device="cuda")
+            parts[f"{mix}, {fraction:.0%}"] = minutes(config, root, short)
+        note = "minutes a run: " + ", ".join(f"{name}: {value:.2f}" for name, value in parts.items())
+        what = f"the first document's 18-run grid for one seed, 100 epochs, {precision}"
+        rows.append(Row(what, [3 * sum(parts.values())], "minutes", 10, False, note))
+    return rows
+
+
+def long_run(root: Path, short: tuple[int, int]) -> Row:
+    config = RunConfig(
+        dataset="cifar100", stem="cifar", mix="sam", rho=0.1, data_fraction=0.9, batch_size=256, epochs=200,
+        precision="bf16", probe_every=176, device="cuda",
+    )  # fmt: skip
+    what = "one SAM run: ResNet-18, CIFAR stem, batch 256, 200 epochs of 45,000 images, a probe an epoch, bf16"
+    return Row(what, [minutes(config, root, short)], "minutes", 12)
+
+
+def made(kind: type, mix: str, lr: float, config: RunConfig) -> tuple[EagerStep | GraphStep, list[tuple]]:
+    """A step of the first document's model from one start, and batches on the device."""
+    device = torch.device("cuda")
+    model = build_model("resnet18", 64, "imagenet", 3, 10, 0).to(device, memory_format=torch.channels_last)
+    optimizer = SAM(model.parameters(), lr, rho=0.05, momentum=0.9, weight_decay=5e-4, mix=mix)
+    draw = torch.Generator().manual_seed(0)
+    batches = [
+        (torch.randn(128, 3, 32, 32, generator=draw), torch.randint(0, 10, (128,), generator=draw)) for _ in range(8)
+    ]
+    batches = [(x.to(device, memory_format=torch.channels_last), y.to(device)) for x, y in batches]
+    return kind(model, optimizer, config, device), batches
+
+
+def losses(steps: int) -> list[Row]:
+    """The captured step against the eager one, on deterministic kernels: the largest relative difference of losses."""
+    rows = []
+    for mix in ("sgd", "sam", "checkpoint134"):
+        config = RunConfig(mix=mix, deterministic=True)
+        curves = []
+        with numerics(config, torch.device("cuda")):
+            for kind in (EagerStep, GraphStep):
+                step, batches = made(kind, mix, 0.0625, config)  # a learning rate that float32 holds exactly
+                curves.append(torch.stack([step(*batches[k % 8])[0].clone() for k in range(steps)]).double())
+        difference = ((curves[0] - curves[1]).abs() / curves[0]).max().item()
+        what = f"graph and eager, {mix}: largest relative difference of the losses of {steps} steps"
+        rows.append(Row(what, [difference], "", 1e-3))
+    return rows
+
+
+def speed(steps: int, repeats: int) -> list[Row]:
+    rows = []
+    for mix, precision in product(("sgd", "sam"), ("fp32", "bf16")):
+        config = RunConfig(mix=mix, precision=precision)
+        with numerics(config, torch.device("cuda")):
+            functions = {}
+            for name, kind in (("eager", EagerStep), ("graph", GraphStep)):
+                step, batches = made(kind, mix, 1e-3, config)
+
+                def run(step=step, batches=batches) -> None:
+                    for k in range(steps):
+                        step(*batches[k % 8])
+                    torch.cuda.synchronize()
+
+                functions[name] = run
+            times = in_turn(functions, repeats)
+        each = ", ".join(f"{name} {1e3 * sorted(t)[len(t) // 2] / steps:.2f} ms a step" for name, t in times.items())
+        what = f"the first document's model, {mix}, {precision}: eager over graph"
+        rows.append(Row(what, ratios(times, "eager", "graph"), "times", None, True, each, times))
+    return rows
