@@ -53,7 +53,7 @@ def measure_all(quick: bool) -> None:
             "arithmetic": lambda: arithmetic(3 if quick else 15),
             "probe": lambda: probe(2 if quick else 9),
             "epoch": lambda: epoch_shares(fields, root, quick),
-            "first document": lambda: first_document(fields, root, *((1, 1, 1) if quick else (2, 2, 10))),
+            "first document": lambda: first_document(fields, root, *((1, 1, 1, 256) if quick else (2, 2, 10, 10_000))),
             "workers": lambda: workers(fields, root, *((1, 1) if quick else (4, 8))),
             "runner": lambda: runner(root, *((2, 1) if quick else (4, 3))),
             "load_runs": lambda: loading(root, 20 if quick else 1000),
@@ -243,11 +243,11 @@ def quietly(function: Callable) -> None:
 # The first document's job
 
 
-def first_document(fields: dict, root: Path, rounds: int, epochs: int, ours: int) -> list[Row]:
+def first_document(fields: dict, root: Path, rounds: int, epochs: int, ours: int, tested: int) -> list[Row]:
     from benchmarks.first_document import FirstDocument
 
     fraction = 0.01
-    theirs = {mix: FirstDocument(fields, fraction, mix) for mix in ("sgd", "sam")}
+    theirs = {mix: FirstDocument(fields, fraction, mix, tested) for mix in ("sgd", "sam")}
     base = RunConfig(data_fraction=fraction, epochs=ours, threads=2, device="cpu", **fields)
 
     def train_ours(mix: str) -> float:

@@ -32,14 +32,14 @@ class Images(Dataset):
 class FirstDocument:
     """Trains torchvision's ResNet-18 on a share of CIFAR-10, in the document's settings."""
 
-    def __init__(self, images: dict, data_fraction: float, mix: str) -> None:
+    def __init__(self, images: dict, data_fraction: float, mix: str, tested: int = 10_000) -> None:
         transforms = torchvision.transforms
         source = samlib.data.load_source(RunConfig(**images))
         rows = stratified_subset(torch.from_numpy(np.array(source.labels)), data_fraction, seed=42).numpy()
         plain = [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
         augmented = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), *plain]
         train = Images(source.images[rows], source.labels[rows], transforms.Compose(augmented))
-        test = Images(source.test_images, source.test_labels, transforms.Compose(plain))
+        test = Images(source.test_images[:tested], source.test_labels[:tested], transforms.Compose(plain))
         self.train = DataLoader(train, batch_size=128, shuffle=True, num_workers=2)
         self.test = DataLoader(test, batch_size=128, shuffle=False, num_workers=2)
         self.model = torchvision.models.resnet18(num_classes=10)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 class ReferenceSAM(torch.optim.Optimizer):
-    """Foret et al., 2021, Algorithm 1, around torch's SGD; weights are put back by subtracting what was added."""
+    """Foret et al., 2021, Algorithm 1, around torch's SGD, as the implementations that people use write it."""
 
     def __init__(self, params, rho: float = 0.05, **sgd) -> None:
         super().__init__(params, dict(rho=rho, **sgd))
@@ -18,16 +18,16 @@ class ReferenceSAM(torch.optim.Optimizer):
         for group in self.param_groups:
             scale = group["rho"] / (norm + 1e-12)
             for p in group["params"]:
-                e_w = p.grad * scale
+                self.state[p]["old_p"] = p.data.clone()
+                e_w = p.grad * scale.to(p)
                 p.add_(e_w)
-                self.state[p]["e_w"] = e_w
         self.zero_grad()
 
     @torch.no_grad()
     def second_step(self) -> None:
         for group in self.param_groups:
             for p in group["params"]:
-                p.sub_(self.state[p]["e_w"])
+                p.data = self.state[p]["old_p"]
         self.base_optimizer.step()
         self.zero_grad()
 

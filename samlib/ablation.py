@@ -29,8 +29,7 @@ def estimate(values: pd.Series) -> Estimate:
 
 
 def _estimates(frame: pd.DataFrame, value: str) -> pd.DataFrame:
-    groups = frame.groupby(["mix", "rho"], dropna=False)[value]
-    rows = [(*cell, *estimate(values)) for cell, values in groups]
+    rows = [(*cell, *estimate(values)) for cell, values in frame.groupby(["mix", "rho"], dropna=False)[value]]
     rows.sort(key=lambda row: (np.nan_to_num(row[1], nan=-1), mix_order(row[0])))
     return pd.DataFrame(rows, columns=["mix", "rho", *ESTIMATE])
 

@@ -127,7 +127,7 @@ def difference_dots(table: pd.DataFrame, pairs: pd.DataFrame, cells: pd.DataFram
     figure.legend(
         keys, list(names.values())[: len(keys)], loc="outside lower center", ncols=3, fontsize=8, frameon=False
     )
-    figure.supxlabel("test accuracy − SGD's, points", fontsize=9)
+    panels[0, len(rhos) // 2].set_xlabel("test accuracy − SGD's, points")
     figure.suptitle(f"{dataset}; n = {_range(table.n)}", x=0.99, ha="right", fontsize=8, color="#555555")
     return figure
 

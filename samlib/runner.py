@@ -20,7 +20,7 @@ from samlib.study import NOTEBOOKS, Study, relative
 
 TRAIN = "01_train"
 NOTEBOOK_SECONDS = 4.0  # start of a kernel and its imports
-# Training and test images of what is not to be downloaded only to be counted.
+# Training and test images; known, so that nothing is downloaded only to be counted.
 SIZES = {
     "digits": (1005, 792),
     "fashion-mnist": (60_000, 10_000),

@@ -222,7 +222,7 @@ class Run:
     def _cut_table(self, name: str, count: int) -> Table:
         if not count:  # none yet, so perhaps no file
             return Table()
-        lines = (self.folder / f"{name}.csv").read_text(encoding="utf-8").splitlines()
+        lines = (self.folder / f"{name}.csv").read_bytes().decode().split("\r\n")[:-1]  # whole ones
         if len(lines) < count + 1:
             raise ValueError(f"{name}.csv holds {len(lines) - 1} of its {count} rows")
         table = Table(lines[: count + 1])

@@ -328,6 +328,7 @@ def test_a_run_interrupted_again_and_again_ends_in_the_same_bits(whole, tmp_path
     assert_same_run(whole, train(whole.config, tmp_path, progress=False))
 
 
+@pytest.mark.filterwarnings("ignore:.*is set aside")
 @pytest.mark.parametrize("name", ["metrics.csv", "probes.csv", "state.pt", "config.json"])
 def test_a_file_lost_between_interruption_and_resumption_is_made_again(whole, tmp_path, monkeypatch, name):
     run = stopped_after(whole, tmp_path, monkeypatch, 9)
