@@ -37,6 +37,7 @@ def train(config: RunConfig, root: str | Path = "runs/local", *, progress: bool 
     """
     run = Run(config, root)
     if run.done:
+        run.clear_states()  # left there by a kill just after the summary was written
         return run
     device = pick_device(config)
     with run.lock(), numerics(config, device):

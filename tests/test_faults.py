@@ -92,12 +92,12 @@ def plant(place: str, n: int) -> None:
 
 
 def start(*args, target=attempt):
-    process = SERVER.Process(target=target, args=args)
+    process = SERVER.Process(target=target, args=args, daemon=True)
     process.start()
     return process
 
 
-def wait_for(condition, seconds: float = 120.0) -> None:
+def wait_for(condition, seconds: float = 300.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
@@ -146,7 +146,7 @@ def test_a_kill_inside_a_state_write_costs_nothing(whole, tmp_path, place, calls
 @pytest.mark.parametrize("place, sign", [("fsync", 1), ("replace", 1), ("replace", -1)])
 def test_a_kill_at_any_file_of_a_state_write_costs_nothing(whole, tmp_path, mix, place, sign):
     config = settings(mix)
-    assert kill_in(place, [sign * n for n in range(1, 26)], config, tmp_path) >= 10
+    assert kill_in(place, [sign * n for n in range(1, 19)], config, tmp_path) >= 10
     assert exit_code(start(config, tmp_path)) == 0
     assert_as_never_interrupted(whole(config), tmp_path)
 
@@ -254,14 +254,21 @@ def message(config: RunConfig, root: Path, size: int) -> str:
     return text
 
 
-@pytest.mark.parametrize("size, name", [(100, "config.json"), (2000, "layers.csv"), (20_000, "state.incoming.pt")])
-@pytest.mark.parametrize("before", [0, 5])
-def test_a_full_disk_stops_a_run_with_the_file_and_its_size_and_it_resumes(whole, tmp_path, size, name, before):
+@pytest.mark.parametrize(
+    "before, size, name",
+    [
+        (0, 100, "config.json"),
+        (0, 2000, "layers.csv"),
+        (0, 20_000, "state.incoming.pt"),
+        (5, 100, "probes.csv"),
+        (5, 20_000, "state.incoming.pt"),
+    ],
+)
+def test_a_full_disk_stops_a_run_with_the_file_and_its_size_and_it_resumes(whole, tmp_path, before, size, name):
     config = settings("checkpoint13")
     folder = Run(config, tmp_path).folder
     if before:
         assert exit_code(start(config, tmp_path, ("update", before))) == -signal.SIGKILL
-        name = "state.incoming.pt" if size == 20_000 else "probes.csv" if size == 100 else "layers.csv"
     kept = {p.name: p.read_bytes() for p in folder.glob("state*.pt")}
     text = message(config, tmp_path, size)
     assert text.startswith(f"{folder / name}: its ") and "bytes could not be written (File too large" in text, text
