@@ -326,8 +326,7 @@ def runner(root: Path, runs: int, repeats: int) -> list[Row]:
     cells = [nbformat.v4.new_code_cell("value = 1", metadata={"tags": ["parameters"]})]
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), empty)
-    imports = "import matplotlib.pyplot, PIL.Image, samlib.config, samlib.train"
-    imported = "import IPython.display, " + imports
+    imports = "import IPython.display, matplotlib.pyplot, PIL.Image, samlib.config, samlib.train"
     processes = 2
 
     def overhead() -> float:
@@ -349,7 +348,7 @@ def runner(root: Path, runs: int, repeats: int) -> list[Row]:
             "a run": overhead,
             "Dask cluster": cluster,
             "kernel": lambda: execute(str(empty), str(folder / "out.ipynb"), {"value": 2}, str(PROJECT)),
-            "python with imports": python(imported),
+            "python with imports": python(imports),
             "python": python("import IPython.display"),
         },
         repeats,
