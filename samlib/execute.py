@@ -21,7 +21,7 @@ def execute(notebook: str, output: str, parameters: dict[str, Any], folder: str)
     failed = failed_notebook(final)
     partial = final.with_name(f".{final.stem}.{os.getpid()}.ipynb")
     os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"  # else the debugger warns in every kernel
-    options = {"start_timeout": 600, "extra_arguments": ["--IPKernelApp.log_level=40"]}
+    options = {"start_timeout": 600, "extra_arguments": ["--IPKernelApp.log_level=50"]}
     final.parent.mkdir(parents=True, exist_ok=True)
     try:
         with warnings.catch_warnings():

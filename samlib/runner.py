@@ -59,7 +59,7 @@ def stale_analyses(study: Study, root: Path, figures: Path) -> list[Task]:
     tasks = []
     for analysis in study.notebooks:
         output = root / study.name / f"{analysis.notebook}.ipynb"
-        configs = study.configs(analysis.grid)
+        configs = study.read_by(analysis)
         source = NOTEBOOKS / f"{analysis.notebook}.ipynb"
         read = [study.path, source, *(root / c.run_id / "summary.json" for c in configs)]
         newest = max(path.stat().st_mtime for path in read if path.exists())

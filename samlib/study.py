@@ -140,6 +140,11 @@ class Study:
     def missing(self, root: str | Path = "runs/local", grid: str | None = None) -> list[RunConfig]:
         return [config for config in self.configs(grid) if not Run(config, root).done]
 
+    def read_by(self, analysis: Analysis) -> list[RunConfig]:
+        """The runs that a notebook reads: of its grid and of those its parameters name; of all where it names none."""
+        named = [v for v in (analysis.grid, *analysis.parameters.values()) if isinstance(v, str) and v in self.grids]
+        return [config for grid in named or self.grids for config in self.grids[grid]]
+
     def parameters(self, analysis: Analysis, root: Path, figures: Path) -> dict[str, Any]:
         """What is injected into an analysis notebook: paths inside the checkout are relative, for readers elsewhere."""
         given = {"study": relative(self.path), "root": relative(root), "figures": relative(figures)}

@@ -97,7 +97,7 @@ def start(*args, target=attempt):
     return process
 
 
-def wait_for(condition, seconds: float = 300.0) -> None:
+def wait_for(condition, seconds: float = 1800.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
@@ -117,7 +117,7 @@ def start_training(config: RunConfig, root: Path):
 
 
 def exit_code(process) -> int:
-    process.join(300)
+    process.join(1800)  # a machine may be slow, or asleep
     return process.exitcode
 
 
@@ -181,7 +181,7 @@ def killed_at_random(whole, root: Path, config: RunConfig, kills: int, draw: ran
         here = 0
         while not Run(config, folder).done:
             process = start_training(config, folder)
-            process.join(draw.uniform(0, 0.2) if here < 3 * kills else 300)
+            process.join(draw.uniform(0, 0.2) if here < 3 * kills else 1800)
             process.kill()
             code = exit_code(process)
             assert code in (0, -signal.SIGKILL)
@@ -249,7 +249,7 @@ def limited(config: RunConfig, root: Path, size: int, answer) -> None:
 def message(config: RunConfig, root: Path, size: int) -> str:
     here, there = SERVER.Pipe()
     process = start(config, root, size, there, target=limited)
-    text = here.recv() if here.poll(120) else ""
+    text = here.recv() if here.poll(1800) else ""
     process.join()
     return text
 

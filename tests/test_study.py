@@ -209,6 +209,15 @@ def test_a_bad_study_is_refused_in_one_line_before_anything_starts(case, tmp_pat
     assert not (tmp_path / "runs").exists() and not (tmp_path / "harm").exists()
 
 
+def test_a_notebook_reads_its_grid_and_those_that_its_parameters_name(tmp_path):
+    grids = "grids: {a: {seed: [0, 1]}, b: {seed: 2}, c: {seed: 3}}"
+    notebooks = "[{notebook: x, grid: a, parameters: {more: c, n: 1}}, {notebook: y}]"
+    loaded = Study.load(write_study(tmp_path, f"title: T\n{grids}\nnotebooks: {notebooks}"))
+    both, all_of_them = loaded.notebooks
+    assert [config.seed for config in loaded.read_by(both)] == [0, 1, 3]
+    assert [config.seed for config in loaded.read_by(all_of_them)] == [0, 1, 2, 3]
+
+
 def test_a_study_file_that_cannot_be_read_or_named_is_refused(tmp_path):
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x80")
     (tmp_path / "folder.yaml").mkdir()
