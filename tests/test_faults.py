@@ -5,11 +5,13 @@ import os
 import random
 import resource
 import signal
+import threading
 import time
 from pathlib import Path
 
 import pytest
-from test_train import MIXES, PROBED, assert_same_run, config, trained, weights
+from test_train import MIXES, PROBED, assert_same_run, config, trained
+from tqdm import tqdm
 
 import samlib.train
 from samlib.config import RunConfig, UserError
@@ -51,6 +53,7 @@ def assert_as_never_interrupted(whole: Run, root: Path) -> None:
 
 
 def attempt(config: RunConfig, root: Path, fault: tuple[str, int] | None = None) -> None:
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore between processes, which a kill would leave behind
     resume = Training.resume
 
     def note(training):  # one line a process that really trains
@@ -131,9 +134,7 @@ def kill_in(place: str, calls, config: RunConfig, root: Path) -> int:
     return codes.count(-signal.SIGKILL)
 
 
-@pytest.mark.parametrize(
-    "place, calls", [("fsync", range(1, 9)), ("replace", [1, 2, 3, 6, 7, 8, 9, -6, -7, -8, -9, 10])]
-)
+@pytest.mark.parametrize("place, calls", [("fsync", [1, 2, 6, 8]), ("replace", [3, 7, 8, 9, -6, -7, -8, 10])])
 def test_a_kill_inside_a_state_write_costs_nothing(whole, tmp_path, place, calls):
     config = settings("checkpoint13")
     assert kill_in(place, calls, config, tmp_path) == len(calls)
@@ -193,8 +194,8 @@ def killed_at_random(whole, root: Path, config: RunConfig, kills: int, draw: ran
 
 @pytest.mark.parametrize("mix", MIXES)
 def test_a_run_killed_at_random_moments_ends_in_the_same_bits(whole, tmp_path, mix):
-    config = settings(mix, epochs=4)
-    killed_at_random(whole(config), tmp_path, config, 7, random.Random(mix))
+    config = settings(mix)
+    killed_at_random(whole(config), tmp_path, config, 3, random.Random(mix))
 
 
 @pytest.mark.faults
@@ -204,6 +205,7 @@ def test_a_run_killed_at_many_random_moments_ends_in_the_same_bits(whole, tmp_pa
     killed_at_random(whole(config), tmp_path, config, 40, random.Random())
 
 
+@pytest.mark.faults
 def test_a_run_without_probes_and_with_a_state_now_and_then_is_resumed_too(whole, tmp_path):
     settings = config(mix="sam", epochs=4, state_seconds=0.02)
     killed_at_random(whole(settings), tmp_path, settings, 3, random.Random(0))
@@ -293,5 +295,4 @@ def test_the_processes_of_these_tests_train_as_this_one_does(tmp_path):
     here = trained(tmp_path / "here", mix="sam")
     (tmp_path / "there").mkdir()
     assert exit_code(start(here.config, tmp_path / "there")) == 0
-    assert weights(here).keys() == weights(Run(here.config, tmp_path / "there")).keys()
     assert_same_run(here, Run(here.config, tmp_path / "there"))

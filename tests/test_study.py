@@ -382,9 +382,9 @@ def test_an_interrupted_study_stops_in_seconds_and_leaves_no_process(how, tmp_pa
             os.killpg(process.pid, signal.SIGINT)
         else:
             process.send_signal(signal.SIGKILL if how == "SIGKILL" else signal.SIGINT)
-        status = process.wait(10)
-        gone, alive = psutil.wait_procs(processes, timeout=8)
-        assert time.monotonic() - begin < 8 and not alive
+        status = process.wait(30)
+        gone, alive = psutil.wait_procs(processes, timeout=30)
+        assert not alive and time.monotonic() - begin < 30  # 1 s on an idle machine
         if how != "SIGKILL":
             error = (tmp_path / "stderr").read_text()
             assert status == 130 and "started ones resume: python -m samlib run" in error and "Traceback" not in error
