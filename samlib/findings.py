@@ -106,6 +106,8 @@ def findings(root: str | Path = PROJECT / "runs/published", studies: Path = PROJ
             notebook = root / study.name / f"{analysis.notebook}.ipynb"
             if analysis.notebook not in FOUND or not notebook.exists():
                 continue
+            if study.runs(root, analysis.grid).empty:  # published under an earlier configuration
+                continue
             asked, found = FOUND[analysis.notebook]
             try:
                 said = found(study, root, analysis.grid)

@@ -430,7 +430,7 @@ def test_two_commands_on_one_study_train_every_run_once(tmp_path, stubs):
     path = write_study(tmp_path, f"title: T\n{text}\ngrids: {{g: {{seed: [0, 1, 2]}}}}")
     command = [sys.executable, "-m", "samlib", "run", str(path), "--root", str(root), "--workers", "1"]
     both = [subprocess.Popen(command, cwd=PROJECT, stderr=subprocess.DEVNULL) for _ in range(2)]
-    assert [process.wait(240) for process in both] == [0, 0]
+    assert [process.wait(600) for process in both] == [0, 0]
     runs = [Run(config, root) for config in Study.load(path).configs()]
     assert all(run.done and (run.folder / "train.ipynb").exists() for run in runs)
     assert all(run.table("metrics").epoch.is_unique for run in runs)
