@@ -79,11 +79,21 @@ def workers_by_default(configs: list[RunConfig]) -> int:
     return max(1, CPU_COUNT // max((config.threads for config in configs), default=1))
 
 
+def _local_cluster(workers: int, **address: str) -> Any:
+    from distributed import LocalCluster
+
+    options = {"threads_per_worker": 1, "processes": True, "memory_limit": 0, "silence_logs": logging.CRITICAL}
+    try:
+        return LocalCluster(workers, **options, **address)
+    except AssertionError:  # its event loop's thread got no turn within its 10 seconds: a stalled machine
+        return LocalCluster(workers, **options, **address)
+
+
 @contextmanager
 def dask_client(workers: int, scheduler: str | None) -> Iterator[Any]:
     """A client of the cluster at an address, or of a local one that only this machine can reach."""
     import dask
-    from distributed import Client, LocalCluster
+    from distributed import Client
 
     logging.getLogger("distributed").setLevel(logging.CRITICAL)
     if scheduler:
@@ -103,9 +113,7 @@ def dask_client(workers: int, scheduler: str | None) -> Iterator[Any]:
     address = {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}
     with (
         dask.config.set(settings),
-        LocalCluster(
-            workers, threads_per_worker=1, processes=True, memory_limit=0, silence_logs=logging.CRITICAL, **address
-        ) as cluster,
+        _local_cluster(workers, **address) as cluster,
         Client(cluster) as client,
     ):
         yield client
