@@ -4,7 +4,7 @@ Each probe makes its own two passes, in fp32 and outside the optimizer, so that 
 every mix, and changes nothing of the training.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -34,16 +34,10 @@ class GradientPair:
     loss: float
     loss_sam: float
 
+    @torch.no_grad()
     def codes(self, *, compile: bool = False) -> Tensor:
         """The checkpoint of every parameter, uint8 (parameters,), layer after layer."""
-        pieces = []
-        for a, b in zip(self.g, self.g_sam, strict=True):
-            a, b = flat(a), flat(laid_out(b, a))
-            if compile:
-                pieces.append(_compiled_codes()(a, b))
-            else:
-                pieces.extend(checkpoint_codes(*piece) for piece in chunks(a, b))
-        return torch.cat(pieces)
+        return torch.cat(_by_layer(_compiled_codes() if compile else _codes, self.g, self.g_sam))
 
     def sizes(self) -> Tensor:
         """|g| of every parameter (parameters,), in the order of the codes."""
@@ -101,43 +95,55 @@ def gradient_pair(model: nn.Module, x: Tensor, y: Tensor, rho: float) -> Gradien
     return GradientPair([name for name, _ in model.named_parameters()], g, g_sam, loss.item(), loss_sam.item())
 
 
+def _by_layer(function: Callable[[Tensor, Tensor], Tensor], g: list[Tensor], g_sam: list[Tensor]) -> list[Tensor]:
+    """function(g, g_sam) of every layer's flat gradients. The largest layer comes first, because torch.compile plans
+    its threads for the first size that it sees; and the tensors are no views, because it would look at their bases."""
+    results = [torch.empty(0)] * len(g)
+    for i in sorted(range(len(g)), key=lambda i: -g[i].numel()):
+        results[i] = function(flat(g[i]).detach(), flat(laid_out(g_sam[i], g[i])).detach())
+    return results
+
+
+@torch.compiler.assume_constant_result
+def _ratio_edges() -> tuple[float, ...]:
+    return RATIO_EDGES
+
+
 def _pair_sums(g: Tensor, g_sam: Tensor) -> Tensor:
     """float64 (15,): the five counts, the seven bins' counts, and the sums of g^2, g'^2 and g g'."""
-    size, size_sam = g.abs(), g_sam.abs()
-    signs = g.sign() * g_sam.sign()  # zero for inactive parameters
-    same, other = signs > 0, signs < 0
-    smaller, grown = size_sam < size, size_sam >= size
-    at_least = [same & grown, *(same & (size_sam >= edge * size) for edge in RATIO_EDGES)]
-    masks = (same & smaller, other & grown, other & smaller, *at_least)
+    size, along = g.abs(), g.sign() * g_sam  # g' as it lies along g: exact, and negative where the signs differ
+    along = along.masked_fill(along == 0, float("nan"))  # inactive: in none of the comparisons
+    masks = (along > 0, along < 0, along <= -size, along >= size, *(along >= edge * size for edge in _ratio_edges()))
     counts = [mask.sum(dtype=torch.int32) for mask in masks]  # cheaper than int64; no tensor has 2^31 elements
-    in2, in3, in4, *above = (c.double() for c in counts)
-    in1, tail = above[0], above[-1]
-    bins = [a - b for a, b in zip(above, above[1:], strict=False)]
+    same, other, in3, in1, *above = (c.double() for c in counts)
+    bins = [a - b for a, b in zip((in1, *above), above, strict=False)]
     squares = [(a * b).sum(dtype=torch.float64) for a, b in ((g, g), (g_sam, g_sam), (g, g_sam))]
-    return torch.stack([g.numel() - in1 - in2 - in3 - in4, in1, in2, in3, in4, *bins, tail, *squares])
+    return torch.stack([g.numel() - same - other, in1, same - in1, in3, other - in3, *bins, above[-1], *squares])
+
+
+def _codes(g: Tensor, g_sam: Tensor) -> Tensor:
+    return torch.cat([checkpoint_codes(*piece) for piece in chunks(g, g_sam)])
+
+
+def _sums(g: Tensor, g_sam: Tensor) -> Tensor:
+    return sum(_pair_sums(*piece) for piece in chunks(g, g_sam))
 
 
 @lru_cache
-def _compiled_codes():
+def _compiled_codes() -> Callable[[Tensor, Tensor], Tensor]:
     return compiled(checkpoint_codes, dynamic=True)
 
 
 @lru_cache
-def _compiled_sums():
+def _compiled_sums() -> Callable[[Tensor, Tensor], Tensor]:
     return compiled(_pair_sums, dynamic=True)
 
 
+@torch.no_grad()
 def pair_sums(g: list[Tensor], g_sam: list[Tensor], *, compile: bool = False) -> Tensor:
     """float64 (layers, 15): for every tensor the counts of checkpoints 0 to 4 and of the seven ratio bins, and the
     sums of g^2, g'^2 and g g'. A ratio lies in a bin when |g'| >= edge |g| in the gradients' own precision."""
-    rows = []
-    for a, b in zip(g, g_sam, strict=True):
-        a, b = flat(a), flat(laid_out(b, a))
-        if compile:
-            rows.append(_compiled_sums()(a, b))
-        else:
-            rows.append(sum(_pair_sums(*piece) for piece in chunks(a, b)))
-    return torch.stack(rows).cpu()
+    return torch.stack(_by_layer(_compiled_sums() if compile else _sums, g, g_sam)).cpu()
 
 
 def probe_rows(pair: GradientPair, model: nn.Module, *, compile: bool = False) -> tuple[dict, list[dict]]:
@@ -152,8 +158,8 @@ def probe_rows(pair: GradientPair, model: nn.Module, *, compile: bool = False) -
     kinds = layer_kinds(model)
     layers = [
         {"layer": name, "kind": kinds[name], "parameters": g.numel()}
-        | {code: int(sums[i, k]) for k, code in enumerate(CHECKPOINTS)}
-        for i, (name, g) in enumerate(zip(pair.names, pair.g, strict=True))
+        | {code: int(n) for code, n in zip(CHECKPOINTS, counts, strict=False)}
+        for name, g, counts in zip(pair.names, pair.g, sums.tolist(), strict=True)
     ]
     return row, layers
 

@@ -172,10 +172,11 @@ class SAM(torch.optim.SGD):
     second pass should not move BatchNorm's running statistics: see `samlib.models.frozen_statistics`.
 
     The perturbation uses the gradient of the loss alone; weight decay joins in the update. A zero gradient perturbs
-    nothing. rho = 0 with mix "sam" is torch's SGD(fused=True), to the bit. Parameters without a gradient stay as they
-    are; one that has a gradient in only one of the passes counts as zero in the other. `rho` and `mix` are settings of
-    a parameter group, as `lr` is. Memory beyond SGD's: one copy of the parameters, and one of the gradients for a mix
-    that needs g.
+    nothing. Between the half-steps `p.data` of a parameter that moved is other memory; the weights themselves lie
+    untouched, and come back as they were. rho = 0 with mix "sam" is torch's SGD(fused=True), to the bit. Parameters
+    without a gradient stay as they are; one that has a gradient in only one of the passes counts as zero in the other.
+    `rho` and `mix` are settings of a parameter group, as `lr` is. Memory beyond SGD's: one copy of the parameters, and
+    one of the gradients for a mix that needs g.
 
     params: tensors or parameter groups; lr, momentum, weight_decay: as torch.optim.SGD; rho: radius, in the units of
     the weights, at least 0; mix: a name that `Mix.parse` takes; compile: compute masks in one compiled pass.
@@ -195,9 +196,10 @@ class SAM(torch.optim.SGD):
     ) -> None:
         self._group_defaults = {"rho": rho, "mix": mix}
         self._compile = compile
-        self._weights: dict[Tensor, Tensor] = {}  # where the weights were; allocated once
+        self._spare: dict[Tensor, Tensor] = {}  # where the ascent point is, allocated once
         self._gradients: dict[Tensor, Tensor] = {}  # g, kept between the half-steps where the mix needs it
-        self._ascended: list[Tensor] | None = None  # parameters that moved, between the half-steps
+        self._seen: list[Tensor] | None = None  # between the half-steps: parameters that had a gradient
+        self._ascended: list[tuple[Tensor, Tensor]] = []  # and the weights of those of them that moved
         super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
 
     def add_param_group(self, param_group: dict) -> None:
@@ -215,39 +217,33 @@ class SAM(torch.optim.SGD):
 
     def __setstate__(self, state: dict) -> None:  # also what load_state_dict calls: a loaded state lies between steps
         super().__setstate__(state)
-        self._weights, self._gradients, self._ascended = {}, {}, None
+        self._spare, self._gradients, self._seen, self._ascended = {}, {}, None, []
 
     @torch.no_grad()
     def first_step(self) -> None:
         """Moves the weights to the ascent point and clears the gradients. Call after the first backward pass."""
-        if self._ascended is not None:
+        if self._seen is not None:
             raise RuntimeError("first_step was called twice: call second_step after the second backward pass")
         groups = [(g, [p for p in g["params"] if p.grad is not None]) for g in self.param_groups]
-        moved = [p for _, params in groups for p in params]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in moved])
-        for p in moved:
-            if p not in self._weights:
-                self._weights[p] = torch.empty_like(p)
-        if moved:
-            torch._foreach_copy_([self._weights[p] for p in moved], moved)
+        seen = [p for _, params in groups for p in params]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in seen])
         for group, params in groups:
-            keep = _parse(group["mix"]).needs_g
             if params and group["rho"] > 0:
-                _ascend_(params, [p.grad for p in params], group["rho"], norm, keep)
-            if keep:
+                self._ascend(params, group["rho"], norm)
+            if _parse(group["mix"]).needs_g:
                 self._gradients.update({p: p.grad for p in params})
         self.zero_grad(set_to_none=True)
-        self._ascended = moved
+        self._seen = seen
 
     @torch.no_grad()
     def second_step(self) -> None:
         """Puts the weights back and updates them along the mix. Call after the second backward pass."""
-        if self._ascended is None:
+        if self._seen is None:
             raise RuntimeError("second_step was called without first_step")
-        moved, self._ascended = self._ascended, None
-        if moved:
-            torch._foreach_copy_(moved, [self._weights[p] for p in moved])
-        for p in moved:
+        for p, weights in self._ascended:
+            p.data = weights
+        self._ascended.clear()
+        for p in self._seen:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
         for group in self.param_groups:
@@ -256,8 +252,31 @@ class SAM(torch.optim.SGD):
                 for p in group["params"]:
                     self._mix_(p, mix)
         self._gradients.clear()
+        self._seen = None
         self._update()
         self._opt_called = True  # what a learning rate schedule looks for
+
+    def _ascend(self, params: list[Tensor], rho: float, norm: Tensor) -> None:
+        """Puts w + rho g / norm in the weights' place, in memory of its own; nothing where the norm is zero."""
+        if norm.device.type == "cpu" and not norm > 0:
+            return
+        for p in params:
+            if p not in self._spare:
+                self._spare[p] = torch.empty_like(p)
+        grads, spare = [p.grad for p in params], [self._spare[p] for p in params]
+        if norm.device.type == "cpu":  # one pass over the memory, which is what the time is spent on
+            alpha = min(rho / norm.item(), torch.finfo(torch.float32).max)
+            for p, g, room in zip(params, grads, spare, strict=True):
+                torch.add(p, g, alpha=alpha, out=room)
+        else:  # few kernels, and nothing that waits for the norm
+            torch._foreach_copy_(spare, grads)
+            scale = torch.where(norm > 0, rho / norm, 0.0).clamp(max=torch.finfo(norm.dtype).max)
+            torch._foreach_mul_(spare, scale)
+            torch._foreach_add_(spare, params)
+        # No weight is copied or computed: all come back as they were.
+        self._ascended += [(p, p.data) for p in params]
+        for p, room in zip(params, spare, strict=True):
+            p.data = room
 
     def _update(self) -> None:
         """SGD's step. Its fused kernel wants one memory layout for all of a parameter's tensors, and momentum buffers
@@ -285,7 +304,7 @@ class SAM(torch.optim.SGD):
         if flat(p.grad).data_ptr() != p.grad.data_ptr():  # a layout that has no flat view, as a transposed matrix
             mix_gradients_(g, p.grad, mix)
         elif self._compile:
-            _compiled_mix(mix)(flat(g), flat(p.grad))
+            _compiled_mix(mix)(flat(g).detach(), flat(p.grad).detach())  # no views: it would look at their bases
         else:
             for piece, piece_sam in chunks(flat(g), flat(p.grad)):
                 mix_gradients_(piece, piece_sam, mix)
@@ -307,18 +326,3 @@ class SAM(torch.optim.SGD):
             closure()
         self.second_step()
         return loss
-
-
-def _ascend_(params: list[Tensor], grads: list[Tensor], rho: float, norm: Tensor, keep: bool) -> None:
-    """w <- w + rho g / norm, in place; nothing where the norm is zero. Without `keep`, gradients may be overwritten."""
-    if norm.device.type == "cpu":
-        if norm > 0:
-            torch._foreach_add_(params, grads, alpha=min(rho / norm.item(), torch.finfo(torch.float32).max))
-        return
-    scale = torch.where(norm > 0, rho / norm, 0.0).clamp(max=torch.finfo(norm.dtype).max)  # nothing waits for it
-    if keep:
-        for p, g in zip(params, grads, strict=True):
-            p.add_(g * scale.to(p.device))
-    else:
-        torch._foreach_mul_(grads, scale)
-        torch._foreach_add_(params, grads)
