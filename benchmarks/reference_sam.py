@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 class ReferenceSAM(torch.optim.Optimizer):
-    """Foret et al., 2021, Algorithm 1, around torch's SGD, as the implementations that people use write it."""
+    """Foret et al., 2021, Algorithm 1, around torch's SGD: a loop over parameters without needless temporaries."""
 
     def __init__(self, params, rho: float = 0.05, **sgd) -> None:
         super().__init__(params, dict(rho=rho, **sgd))
@@ -29,6 +29,22 @@ class ReferenceSAM(torch.optim.Optimizer):
             for p in group["params"]:
                 p.data = self.state[p]["old_p"]
         self.base_optimizer.step()
+        self.zero_grad()
+
+
+class UsualSAM(ReferenceSAM):
+    """The same as the implementation that most people copy has it (github.com/davda54/sam), operation by operation."""
+
+    @torch.no_grad()
+    def first_step(self) -> None:
+        sizes = [(1.0 * p.grad).norm(p=2) for group in self.param_groups for p in group["params"]]
+        norm = torch.norm(torch.stack(sizes), p=2)
+        for group in self.param_groups:
+            scale = group["rho"] / (norm + 1e-12)
+            for p in group["params"]:
+                self.state[p]["old_p"] = p.data.clone()
+                e_w = 1.0 * p.grad * scale.to(p)
+                p.add_(e_w)
         self.zero_grad()
 
 

@@ -73,7 +73,7 @@ class RunConfig(BaseModel):
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     compile: bool = False
     graph: bool = True  # on CUDA: the whole step as one graph
-    deterministic: bool = False  # on CUDA: deterministic algorithms (a CPU run always is, for fixed threads)
+    deterministic: bool = False  # on CUDA: such algorithms and no graph (a CPU run always is, for fixed threads)
     threads: Annotated[int, Field(ge=1, le=1024)] = 1
     device: Literal["auto", "cpu", "cuda"] = "auto"
     state_seconds: Annotated[float, Field(ge=0, le=1e6)] = 60.0  # at least this long between two resume states

@@ -104,7 +104,9 @@ class Training:
         self.model = model.to(device, memory_format=layout)
         settings = {"rho": config.rho, "momentum": config.momentum, "weight_decay": config.weight_decay}
         self.optimizer = SAM(model.parameters(), config.lr, mix=config.mix, compile=config.compile, **settings)
-        step = GraphStep if device.type == "cuda" and config.graph and not config.compile else EagerStep
+        # The first steps after a start are never a graph's, so to the bit a resumed run is not one that never stopped.
+        graph = config.graph and not config.compile and not config.deterministic
+        step = GraphStep if device.type == "cuda" and graph else EagerStep
         self.step = step(self.model, self.optimizer, config, device)
         self.persistence = probes.Persistence(config.persistence_steps, config.persistence_window)
         draw = generator("sample", config.subset_seed)

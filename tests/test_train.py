@@ -332,7 +332,7 @@ def test_a_run_interrupted_again_and_again_ends_in_the_same_bits(whole, tmp_path
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here: resuming on one was not tested")
 @pytest.mark.parametrize("mix", MIXES)
 def test_on_a_gpu_deterministic_algorithms_resume_to_the_same_bits_too(tmp_path, monkeypatch, mix):
-    on_gpu = {"device": "cuda", "deterministic": True, "graph": False, "state_seconds": 0.0} | PROBED
+    on_gpu = {"device": "cuda", "deterministic": True, "state_seconds": 0.0} | PROBED
     whole = trained(tmp_path / "whole", mix=mix, **on_gpu)
     stopped_after(whole, tmp_path, monkeypatch, 9)
     assert_same_run(whole, train(whole.config, tmp_path, progress=False))
