@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONPATH
 unexport PYTHONHOME
 
-.PHONY: help install study test test-faults lint lab bench
+.PHONY: help install study test test-faults lint lab bench audit
 .DELETE_ON_ERROR:
 
 help:
@@ -18,6 +18,7 @@ help:
 	@echo "make lab                                JupyterLab on the notebooks"
 	@echo "make lint                               ruff: lint and format"
 	@echo "make bench                              speed against other implementations"
+	@echo "make audit                              known holes in the pinned packages (needs the network)"
 	@echo "make install [PYTHON=python3]           the environment only"
 
 install: .venv/installed
@@ -57,3 +58,8 @@ lab: install
 
 bench: .venv/installed-bench
 	$(PY) -m samlib bench
+
+# pip-audit has an environment of its own: it would bring other versions of what is pinned.
+audit: install
+	@test -x build/audit/bin/pip-audit || { "$(PYTHON)" -m venv build/audit && build/audit/bin/pip install --quiet pip-audit; }
+	build/audit/bin/pip-audit --requirement requirements.lock --no-deps --disable-pip
