@@ -11,7 +11,16 @@ import torch
 from PIL import Image
 
 from samlib.config import RunConfig, UserError
-from samlib.data import Batches, Data, flip_labels, load_data, load_source, resize, stratified_subset
+from samlib.data import (
+    Batches,
+    Data,
+    channel_statistics,
+    flip_labels,
+    load_data,
+    load_source,
+    resize,
+    stratified_subset,
+)
 
 DIGITS = RunConfig(dataset="digits", batch_size=64)
 
@@ -193,6 +202,17 @@ def test_the_images_are_normalized_by_the_whole_training_set():
     x = data.normalized(data.images)
     assert x.mean().abs() < 1e-5 and abs(x.std() - 1) < 1e-5
     assert torch.equal(data.mean, part.mean) and torch.equal(data.std, part.std)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_channels_statistics_are_those_of_their_pixels(channels):
+    images = made_up(7, channels, 5).images
+    mean, std = channel_statistics(images)
+    pixels = images.numpy().astype(np.float64)
+    np.testing.assert_allclose(mean.numpy(), pixels.mean((0, 2, 3)), rtol=1e-7)
+    np.testing.assert_allclose(std.numpy(), pixels.std((0, 2, 3), ddof=1), rtol=1e-7)
+    flat = channel_statistics(torch.full((3, channels, 4, 4), 9, dtype=torch.uint8))
+    assert flat[0].tolist() == [9.0] * channels and flat[1].min() > 0  # nothing is divided by zero
 
 
 def test_resize_gives_the_size_asked_for_and_leaves_that_size_alone():
