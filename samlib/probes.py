@@ -104,16 +104,11 @@ def _by_layer(function: Callable[[Tensor, Tensor], Tensor], g: list[Tensor], g_s
     return results
 
 
-@torch.compiler.assume_constant_result
-def _ratio_edges() -> tuple[float, ...]:
-    return RATIO_EDGES
-
-
-def _pair_sums(g: Tensor, g_sam: Tensor) -> Tensor:
+def _pair_sums(g: Tensor, g_sam: Tensor, edges: Callable[[], tuple[float, ...]] = lambda: RATIO_EDGES) -> Tensor:
     """float64 (15,): the five counts, the seven bins' counts, and the sums of g^2, g'^2 and g g'."""
     size, along = g.abs(), g.sign() * g_sam  # g' as it lies along g: exact, and negative where the signs differ
     along = along.masked_fill(along == 0, float("nan"))  # inactive: in none of the comparisons
-    masks = (along > 0, along < 0, along <= -size, along >= size, *(along >= edge * size for edge in _ratio_edges()))
+    masks = (along > 0, along < 0, along <= -size, along >= size, *(along >= edge * size for edge in edges()))
     counts = [mask.sum(dtype=torch.int32) for mask in masks]  # cheaper than int64; no tensor has 2^31 elements
     same, other, in3, in1, *above = (c.double() for c in counts)
     bins = [a - b for a, b in zip((in1, *above), above, strict=False)]
@@ -136,7 +131,8 @@ def _compiled_codes() -> Callable[[Tensor, Tensor], Tensor]:
 
 @lru_cache
 def _compiled_sums() -> Callable[[Tensor, Tensor], Tensor]:
-    return compiled(_pair_sums, dynamic=True)
+    edges = torch.compiler.assume_constant_result(lambda: RATIO_EDGES)  # not six more inputs of every call
+    return compiled(lambda g, g_sam: _pair_sums(g, g_sam, edges), dynamic=True)
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
+from inspect import unwrap
 
 import torch
 from torch import Tensor
@@ -148,6 +149,13 @@ def mix_gradients_(g: Tensor, g_sam: Tensor, mix: Mix) -> None:
         g_sam.copy_(d)
 
 
+# torch decorates these for its compiler, and the decorators import it: seconds, in every process, for nothing here.
+# Undecorated, SGD's step also calls no hooks beside those of SAM's own step.
+_add_param_group = unwrap(torch.optim.SGD.add_param_group)
+_sgd_step = unwrap(torch.optim.SGD.step)
+_zero_grad = unwrap(torch.optim.SGD.zero_grad)
+
+
 @lru_cache
 def _parse(name: str) -> Mix:
     return Mix.parse(name)
@@ -207,10 +215,13 @@ class SAM(torch.optim.SGD):
         _parse(group["mix"])
         if not 0 <= group["rho"] < float("inf"):
             raise ValueError(f"rho is {group['rho']!r}: it must be a finite number of at least 0")
-        super().add_param_group(group)
+        _add_param_group(self, group)
         group = self.param_groups[-1]
         if all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in group["params"]):
             group["fused"] = True
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        _zero_grad(self, set_to_none)
 
     def __getstate__(self) -> dict:
         return super().__getstate__() | {"_group_defaults": self._group_defaults, "_compile": self._compile}
@@ -289,7 +300,7 @@ class SAM(torch.optim.SGD):
             if any(b is not None for b in buffers):
                 for p, b in zip(params, buffers, strict=True):
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p) if b is None else laid_out(b, p)
-        super().step()
+        _sgd_step(self)
 
     def _mix_(self, p: Tensor, mix: Mix) -> None:
         g = self._gradients.get(p)

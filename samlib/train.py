@@ -70,7 +70,8 @@ def numerics(config: RunConfig, device: torch.device) -> Iterator[None]:
         torch.set_num_threads(threads)
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, conv
         torch.backends.cudnn.benchmark = benchmark
-        torch.use_deterministic_algorithms(deterministic)
+        if config.deterministic:  # the call alone imports torch's compiler
+            torch.use_deterministic_algorithms(deterministic)
 
 
 @torch.inference_mode()
