@@ -2,6 +2,8 @@ import json
 import math
 import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
@@ -10,6 +12,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import samlib.train
+from samlib import PROJECT
 from samlib.config import RunConfig, UserError
 from samlib.data import load_data
 from samlib.models import build_model
@@ -434,3 +437,17 @@ def test_the_initial_learning_rate_momentum_and_mix_reach_the_optimizer(tmp_path
 
 def test_the_estimate_of_a_step_is_a_positive_time():
     assert 0 < seconds_per_step(SMALL, steps=1) < 10
+
+
+def test_a_run_that_compiles_nothing_starts_without_torchs_compiler(tmp_path):
+    values = SMALL.changed() | {"mix": "checkpoint13", "epochs": 1, "sharpness_every": 1, **PROBED}
+    code = (
+        "import json, sys\n"
+        "from samlib.config import RunConfig\n"
+        "from samlib.train import train\n"
+        "train(RunConfig.parse(json.loads(sys.argv[1])), sys.argv[2], progress=False)\n"
+        "print(sorted({'torch._dynamo', 'torch._inductor', 'curvlinops', 'torchvision'} & set(sys.modules)))"
+    )
+    command = [sys.executable, "-c", code, json.dumps(values), str(tmp_path)]
+    result = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+    assert result.stdout.strip() == "[]", result.stdout + result.stderr
