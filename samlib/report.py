@@ -101,14 +101,21 @@ def regime_tables(study: Study, root: str | Path, grid: str, twice: str | None) 
     return tables
 
 
+NAMED = 8  # missing runs told by name, at most
+
+
 def state(runs: pd.DataFrame) -> str:
-    """In words: how many runs are done, and by name those that are missing or diverged."""
+    """In words: how many runs are done, and by name those that diverged or are missing (the first, where many are)."""
     counts = runs.status.value_counts()
     lines = [f"{counts.get('done', 0)} of {len(runs)} runs are done."]
     for status in ("diverged", "missing"):
         some = runs.index[runs.status == status]
         if len(some):
-            lines += ["", f"{len(some)} {status}, in no mean below:", "", *(f"- {run}" for run in some)]
+            lines += ["", f"{len(some)} {status}, in no mean below:", ""]
+            named = some if status == "diverged" or len(some) <= NAMED else some[: NAMED - 1]
+            lines += [f"- {run}" for run in named]
+            if len(named) < len(some):
+                lines.append(f"- and {len(some) - len(named)} more, which `python -m samlib status` names")
     return "\n".join(lines)
 
 
