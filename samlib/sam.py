@@ -77,16 +77,16 @@ class Mix:
         return (self.a, self.b) != (ONES, ZEROS)
 
 
-# Whether a class is in a subset of {2, 3, 4}, from the product of both signs (-1, 0 or 1) and |g'| < |g|. Comparisons
-# are what costs here: one or two of them each.
+# Whether a class is in a subset of {2, 3, 4}, from g' as it lies along g (negative where the signs differ, zero where
+# either is zero) and |g'| < |g|. Comparisons are what costs here: one or two of them each.
 _MEMBERSHIP: dict[frozenset[int], Callable[[Tensor, Tensor], Tensor]] = {
-    frozenset({2}): lambda signs, smaller: (signs > 0) & smaller,
-    frozenset({3}): lambda signs, smaller: (signs < 0) & ~smaller,
-    frozenset({4}): lambda signs, smaller: (signs < 0) & smaller,
-    frozenset({2, 3}): lambda signs, smaller: ((signs < 0) ^ smaller) & (signs != 0),
-    frozenset({2, 4}): lambda signs, smaller: smaller & (signs != 0),
-    frozenset({3, 4}): lambda signs, smaller: signs < 0,
-    frozenset({2, 3, 4}): lambda signs, smaller: (signs < 0) | (smaller & (signs != 0)),
+    frozenset({2}): lambda along, smaller: (along > 0) & smaller,
+    frozenset({3}): lambda along, smaller: (along < 0) & ~smaller,
+    frozenset({4}): lambda along, smaller: (along < 0) & smaller,
+    frozenset({2, 3}): lambda along, smaller: ((along < 0) ^ smaller) & (along != 0),
+    frozenset({2, 4}): lambda along, smaller: smaller & (along != 0),
+    frozenset({3, 4}): lambda along, smaller: along < 0,
+    frozenset({2, 3, 4}): lambda along, smaller: (along < 0) | (smaller & (along != 0)),
 }
 
 
@@ -140,10 +140,10 @@ def mix_gradients_(g: Tensor, g_sam: Tensor, mix: Mix) -> None:
     first, *others = classes.items()  # the first holds class 1, which inactive parameters follow
     d = _weighted(g, g_sam, *first[0])
     if others:
-        signs = g.sign() * g_sam.sign()  # zero for inactive parameters
+        along = g.sign() * g_sam  # exact, and zero for inactive parameters
         smaller = g_sam.abs() < g.abs()
         for weights, members in others:
-            mask = _MEMBERSHIP[frozenset(members)](signs, smaller)
+            mask = _MEMBERSHIP[frozenset(members)](along, smaller)
             d = torch.where(mask, _weighted(g, g_sam, *weights), d)
     if d is not g_sam:
         g_sam.copy_(d)
