@@ -13,7 +13,7 @@ from scipy import stats
 from samlib import regimes
 from samlib.config import UserError
 from samlib.regimes import DIFFERENCE
-from samlib.report import markdown, report, text
+from samlib.report import NAMED, markdown, report, state, text
 from samlib.runs import Run
 from samlib.stats import Estimate
 from samlib.study import Study
@@ -200,3 +200,14 @@ def test_the_whole_report_has_every_table_of_the_first_document(study, root):
     for title in ("Accuracy", "Sharpness and generalization gap", "Speed", "Scaling with data", "Equal cost"):
         assert f"### {title}" in lines
     assert json.dumps(lines) and "nan" not in lines
+
+
+def test_all_diverged_runs_are_named_and_of_many_missing_ones_the_first():
+    status = {f"d{k}": "diverged" for k in range(NAMED + 3)} | {f"m{k}": "missing" for k in range(NAMED + 5)}
+    words = state(pd.DataFrame({"status": status | {"ok": "done"}}))
+    assert words.startswith(f"1 of {2 * NAMED + 9} runs are done.")
+    assert [line for line in words.splitlines() if line.startswith("- d")] == [f"- d{k}" for k in range(NAMED + 3)]
+    assert [line for line in words.splitlines() if line.startswith("- m")] == [f"- m{k}" for k in range(NAMED - 1)]
+    assert words.endswith("- and 6 more, which `python -m samlib status` names")
+    few = state(pd.DataFrame({"status": {f"m{k}": "missing" for k in range(NAMED)}}))
+    assert few.count("- m") == NAMED and "more" not in few

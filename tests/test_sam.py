@@ -642,3 +642,19 @@ def test_the_compiled_mix_is_the_eager_one_to_the_bit():
         assert same(a, b)
     for got, g, h in zip(ends[1][0].tolist(), *specials.tolist(), strict=True):
         assert got == -direction("checkpoint134", g, h) or math.isnan(direction("checkpoint134", g, h))
+
+
+def test_a_hook_on_the_step_is_called_once_a_step_also_where_torchs_own_sgd_is_in_use():
+    torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)  # from here on its step calls hooks of its own
+    w, calls = torch.nn.Parameter(torch.ones(3)), []
+    optimizer = SAM([w], lr=0.1, rho=0.05)
+    optimizer.register_step_post_hook(lambda *_: calls.append(1))
+
+    def closure():
+        optimizer.zero_grad()
+        loss = w.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert calls == [1]
