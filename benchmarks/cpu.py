@@ -7,7 +7,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -55,7 +54,7 @@ def measure_all(quick: bool) -> None:
             "epoch": lambda: epoch_shares(fields, root, quick),
             "first document": lambda: first_document(fields, root, *((1, 1, 1, 256) if quick else (2, 1, 10, 10_000))),
             "workers": lambda: workers(fields, root, *((1, 1) if quick else (4, 4))),
-            "runner": lambda: runner(root, *((2, 1) if quick else (4, 3))),
+            "runner": lambda: runner(root, *((2, 1) if quick else (12, 3))),
             "load_runs": lambda: loading(root, 20 if quick else 1000),
             "memory": memory,
         }.items():
@@ -327,6 +326,7 @@ def workers(fields: dict, root: Path, rounds: int, epochs: int) -> list[Row]:
 
 
 def runner(root: Path, runs: int, repeats: int) -> list[Row]:
+    from samlib import kernels
     from samlib.runner import dask_client, execute, run_all
 
     numbers = iter(range(10**6))
@@ -334,9 +334,8 @@ def runner(root: Path, runs: int, repeats: int) -> list[Row]:
     folder.mkdir()
     empty = folder / "empty.ipynb"
     cells = [nbformat.v4.new_code_cell("value = 1", metadata={"tags": ["parameters"]})]
-    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), empty)
-    imports = "import IPython.display, matplotlib.pyplot, PIL.Image, samlib.config, samlib.train"
+    spec = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=spec), empty)
     processes = 2
 
     def overhead() -> float:
@@ -350,27 +349,22 @@ def runner(root: Path, runs: int, repeats: int) -> list[Row]:
         with dask_client(processes, None):
             pass
 
-    def python(code: str) -> Callable:
-        return lambda: subprocess.run([sys.executable, "-c", code], check=True, cwd=PROJECT)
+    def kernel() -> None:
+        execute(str(empty), str(folder / "out.ipynb"), {"value": 2}, str(PROJECT))
 
-    times = in_turn(
-        {
-            "a run": overhead,
-            "Dask cluster": cluster,
-            "kernel": lambda: execute(str(empty), str(folder / "out.ipynb"), {"value": 2}, str(PROJECT)),
-            "python with imports": python(imports),
-            "python": python("import IPython.display"),
-        },
-        repeats,
-    )
+    def first_kernel() -> None:
+        kernels.stop()
+        kernel()
+
+    functions = {"a run": overhead, "Dask cluster": cluster, "first kernel": first_kernel, "kernel": kernel}
+    times = in_turn(functions, repeats)
     middle = {name: sorted(t)[len(t) // 2] for name, t in times.items()}
-    loaded = middle["python with imports"] - middle["python"]
-    dask = middle["Dask cluster"] * processes / runs
-    rest = middle["a run"] - dask - middle["kernel"] - loaded
+    dask, first = (middle[name] * processes / runs for name in ("Dask cluster", "first kernel"))
     note = (
-        f"of {runs} runs of one epoch on {processes} workers, a run: Dask cluster {dask:.1f} s, papermill and its "
-        f"kernel {middle['kernel']:.1f} s, the notebook's imports {loaded:.1f} s, the rest (data, evaluation, figure, "
-        f"files, and two at a time) {rest:.1f} s"
+        f"of {runs} runs of one epoch on {processes} workers, a run: Dask cluster {dask:.1f} s, each worker's first "
+        f"kernel with its imports {first:.1f} s ({middle['first kernel']:.1f} s once), every kernel, forked from it, "
+        f"{middle['kernel']:.1f} s, the rest (data, evaluation, figure, files, and two at a time) "
+        f"{middle['a run'] - dask - first - middle['kernel']:.1f} s"
     )
     return [Row("the runner's overhead a run (Dask, papermill, kernel, imports)", times["a run"], "s", 5, False, note)]
 

@@ -17,6 +17,9 @@ def execute(notebook: str, output: str, parameters: dict[str, Any], folder: str)
     """
     import papermill
 
+    from samlib.kernels import fork_kernels
+
+    fork_kernels()
     final = Path(output)
     failed = failed_notebook(final)
     partial = final.with_name(f".{final.stem}.{os.getpid()}.ipynb")

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from samlib.compiled import compiled
 from samlib.models import frozen_statistics, layer_kinds, mode, weights_restored
-from samlib.sam import checkpoint_codes, chunks, flat, laid_out
+from samlib.sam import SMALL, checkpoint_codes, chunks, flat, laid_out
 
 CHECKPOINTS = ("inactive", "checkpoint1", "checkpoint2", "checkpoint3", "checkpoint4")
 RATIO_EDGES = (1.2, 1.5, 2.0, 4.0, 8.0, 16.0)  # of |g'| / |g| within checkpoint 1 (Project 2)
@@ -37,7 +37,8 @@ class GradientPair:
     @torch.no_grad()
     def codes(self, *, compile: bool = False) -> Tensor:
         """The checkpoint of every parameter, uint8 (parameters,), layer after layer."""
-        return torch.cat(_by_layer(_compiled_codes() if compile else _codes, self.g, self.g_sam))
+        function = _compiled_codes() if compile else _codes
+        return torch.cat(_by_layer(function, checkpoint_codes, self.g, self.g_sam))
 
     def sizes(self) -> Tensor:
         """|g| of every parameter (parameters,), in the order of the codes."""
@@ -95,25 +96,43 @@ def gradient_pair(model: nn.Module, x: Tensor, y: Tensor, rho: float) -> Gradien
     return GradientPair([name for name, _ in model.named_parameters()], g, g_sam, loss.item(), loss_sam.item())
 
 
-def _by_layer(function: Callable[[Tensor, Tensor], Tensor], g: list[Tensor], g_sam: list[Tensor]) -> list[Tensor]:
-    """function(g, g_sam) of every layer's flat gradients. The largest layer comes first, because torch.compile plans
-    its threads for the first size that it sees; and the tensors are no views, because it would look at their bases."""
-    results = [torch.empty(0)] * len(g)
-    for i in sorted(range(len(g)), key=lambda i: -g[i].numel()):
-        results[i] = function(flat(g[i]).detach(), flat(laid_out(g_sam[i], g[i])).detach())
+def _by_layer(
+    function: Callable[[Tensor, Tensor], Tensor],
+    by_row: Callable[[Tensor, Tensor], Tensor],
+    g: list[Tensor],
+    g_sam: list[Tensor],
+) -> list[Tensor]:
+    """function(g, g_sam) of every layer's flat gradients; `by_row` is the same for each row of matrices, which small
+    layers of one size are put into.
+
+    The largest layer comes first, because torch.compile plans its threads for the first size that it sees; and the
+    tensors are no views, because it would look at their bases.
+    """
+    pairs = [(flat(a).detach(), flat(laid_out(b, a)).detach()) for a, b in zip(g, g_sam, strict=True)]
+    results, alike = [torch.empty(0)] * len(pairs), {}
+    for i in sorted(range(len(pairs)), key=lambda i: -pairs[i][0].numel()):
+        if pairs[i][0].numel() > SMALL:
+            results[i] = function(*pairs[i])
+        else:
+            alike.setdefault(len(pairs[i][0]), []).append(i)
+    for layers in alike.values():
+        rows = by_row(*(torch.stack(side) for side in zip(*(pairs[i] for i in layers), strict=True)))
+        for i, row in zip(layers, rows, strict=True):
+            results[i] = row
     return results
 
 
 def _pair_sums(g: Tensor, g_sam: Tensor, edges: Callable[[], tuple[float, ...]] = lambda: RATIO_EDGES) -> Tensor:
-    """float64 (15,): the five counts, the seven bins' counts, and the sums of g^2, g'^2 and g g'."""
+    """float64 (..., 15) of (..., n): the five counts, the seven bins', and the sums of g^2, g'^2 and g g'."""
     size, along = g.abs(), g.sign() * g_sam  # g' as it lies along g: exact, and negative where the signs differ
     along = along.masked_fill(along == 0, float("nan"))  # inactive: in none of the comparisons
     masks = (along > 0, along < 0, along <= -size, along >= size, *(along >= edge * size for edge in edges()))
-    counts = [mask.sum(dtype=torch.int32) for mask in masks]  # cheaper than int64; no tensor has 2^31 elements
+    counts = [mask.sum(-1, dtype=torch.int32) for mask in masks]  # cheaper than int64; no tensor has 2^31 elements
     same, other, in3, in1, *above = (c.double() for c in counts)
     bins = [a - b for a, b in zip((in1, *above), above, strict=False)]
-    squares = [(a * b).sum(dtype=torch.float64) for a, b in ((g, g), (g_sam, g_sam), (g, g_sam))]
-    return torch.stack([g.numel() - same - other, in1, same - in1, in3, other - in3, *bins, above[-1], *squares])
+    squares = [(a * b).sum(-1, dtype=torch.float64) for a, b in ((g, g), (g_sam, g_sam), (g, g_sam))]
+    columns = [g.shape[-1] - same - other, in1, same - in1, in3, other - in3, *bins, above[-1], *squares]
+    return torch.stack(columns, -1)
 
 
 def _codes(g: Tensor, g_sam: Tensor) -> Tensor:
@@ -139,7 +158,7 @@ def _compiled_sums() -> Callable[[Tensor, Tensor], Tensor]:
 def pair_sums(g: list[Tensor], g_sam: list[Tensor], *, compile: bool = False) -> Tensor:
     """float64 (layers, 15): for every tensor the counts of checkpoints 0 to 4 and of the seven ratio bins, and the
     sums of g^2, g'^2 and g g'. A ratio lies in a bin when |g'| >= edge |g| in the gradients' own precision."""
-    return torch.stack(_by_layer(_compiled_sums() if compile else _sums, g, g_sam)).cpu()
+    return torch.stack(_by_layer(_compiled_sums() if compile else _sums, _pair_sums, g, g_sam)).cpu()
 
 
 def probe_rows(pair: GradientPair, model: nn.Module, *, compile: bool = False) -> tuple[dict, list[dict]]:

@@ -20,6 +20,8 @@ from torch import Tensor
 from samlib.compiled import compiled
 
 ONES, ZEROS = (1.0,) * 4, (0.0,) * 4
+ROW = 4096  # elements whose squares are summed one after the other
+SMALL = 1 << 12  # elements up to which a tensor's own calls cost more than its arithmetic
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,24 @@ def chunks(*tensors: Tensor, size: int = 1 << 16) -> Iterable[tuple[Tensor, ...]
     if tensors[0].device.type != "cpu":
         return [tensors]
     return zip(*(tensor.split(size) for tensor in tensors), strict=True)
+
+
+def total_norm(tensors: list[Tensor]) -> Tensor:
+    """The Euclidean norm over all elements of all tensors, a scalar on the first one's device.
+
+    On a CPU in rows of ROW elements, because torch's own norm of one tensor runs on one core, and in float32 is off by
+    3e-5 for the millions of elements of a layer; so it is near 1e-7.
+    """
+    if not tensors or any(t.device.type != "cpu" for t in tensors):
+        return torch.nn.utils.get_total_norm(tensors)
+    parts, short = [], []
+    for tensor in map(flat, tensors):
+        whole = tensor.numel() // ROW * ROW
+        if whole:
+            parts.append(torch.linalg.vector_norm(tensor[:whole].view(-1, ROW), dim=1))
+        if whole < tensor.numel() or not whole:
+            short.append(tensor[whole:])
+    return torch.linalg.vector_norm(torch.cat([*parts, torch.stack(torch._foreach_norm(short))] if short else parts))
 
 
 def _weighted(g: Tensor, g_sam: Tensor, a: float, b: float) -> Tensor:
@@ -237,7 +257,7 @@ class SAM(torch.optim.SGD):
             raise RuntimeError("first_step was called twice: call second_step after the second backward pass")
         groups = [(g, [p for p in g["params"] if p.grad is not None]) for g in self.param_groups]
         seen = [p for _, params in groups for p in params]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in seen])
+        norm = total_norm([p.grad for p in seen])
         for group, params in groups:
             if params and group["rho"] > 0:
                 self._ascend(params, group["rho"], norm)
@@ -260,8 +280,7 @@ class SAM(torch.optim.SGD):
         for group in self.param_groups:
             mix = _parse(group["mix"])
             if mix.needs_g:
-                for p in group["params"]:
-                    self._mix_(p, mix)
+                self._mix_(group["params"], mix)
         self._gradients.clear()
         self._seen = None
         self._update()
@@ -302,23 +321,34 @@ class SAM(torch.optim.SGD):
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p) if b is None else laid_out(b, p)
         _sgd_step(self)
 
-    def _mix_(self, p: Tensor, mix: Mix) -> None:
-        g = self._gradients.get(p)
-        if g is None and p.grad is None:
-            return
-        if g is None:
-            g = torch.zeros_like(p.grad)
-        if p.grad is None:
-            p.grad = torch.zeros_like(g)
-        g = laid_out(g, p.grad)
-        # Views of the gradients' own memory: what is written to them is written to p.grad.
-        if flat(p.grad).data_ptr() != p.grad.data_ptr():  # a layout that has no flat view, as a transposed matrix
-            mix_gradients_(g, p.grad, mix)
-        elif self._compile:
-            _compiled_mix(mix)(flat(g).detach(), flat(p.grad).detach())  # no views: it would look at their bases
-        else:
-            for piece, piece_sam in chunks(flat(g), flat(p.grad)):
-                mix_gradients_(piece, piece_sam, mix)
+    def _mix_(self, params: list[Tensor], mix: Mix) -> None:
+        small: dict[tuple, list[tuple[Tensor, Tensor]]] = {}
+        for p in params:
+            g = self._gradients.get(p)
+            if g is None and p.grad is None:
+                continue
+            if g is None:
+                g = torch.zeros_like(p.grad)
+            if p.grad is None:
+                p.grad = torch.zeros_like(g)
+            g = laid_out(g, p.grad)
+            # Views of the gradients' own memory: what is written to them is written to p.grad. Detached, because
+            # torch.compile would look at what they are views of.
+            pair = flat(g).detach(), flat(p.grad).detach()
+            if pair[1].data_ptr() != p.grad.data_ptr():  # a layout that has no flat view, as a transposed matrix
+                mix_gradients_(g, p.grad, mix)
+            elif p.numel() <= SMALL:
+                small.setdefault((p.device, p.dtype), []).append(pair)
+            elif self._compile:
+                _compiled_mix(mix)(*pair)
+            else:
+                for piece in chunks(*pair):
+                    mix_gradients_(*piece, mix)
+        for pairs in small.values():
+            g, g_sam = (torch.cat(side) for side in zip(*pairs, strict=True))
+            mix_gradients_(g, g_sam, mix)
+            views = [view for _, view in pairs]
+            torch._foreach_copy_(views, g_sam.split([view.numel() for view in views]))
 
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
         """Both half-steps around a closure. Only plain SGD (mix "sgd" in every group) can step without one."""

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from samlib.models import frozen_statistics
-from samlib.sam import SAM, Mix
+from samlib.sam import ROW, SAM, SMALL, Mix, mix_gradients_, total_norm
 
 SUBSETS = ["".join(s) for n in range(1, 5) for s in itertools.combinations("1234", n)]
 TABLE = {  # design.md, by hand: the eight numbers
@@ -280,6 +280,43 @@ def test_tiny_and_large_gradients_neither_raise_nor_give_nan(value, shape):
     p.grad = torch.full(shape, value)
     optimizer.second_step()
     assert p.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_norm_is_that_of_all_elements_in_float64(dtype):
+    draw = torch.Generator().manual_seed(0)
+    shapes = [(), (1,), (3, 5), (ROW,), (ROW + 1,), (3 * ROW - 1,), (16, 7, 3, 3), (1536, 1536)]
+    tensors = [torch.randn(shape, generator=draw, dtype=dtype) for shape in shapes]
+    tensors.append(tensors[-2].to(memory_format=torch.channels_last))
+    tensors += [tensors[-2].T, torch.zeros(0, dtype=dtype)]
+    for chosen in (tensors, tensors[:3], tensors[3:4], tensors[-3:], tensors[-1:]):
+        exact = torch.cat([t.double().flatten() for t in chosen]).square().sum().sqrt()
+        norm = total_norm(chosen)
+        assert norm.shape == () and norm.dtype == dtype
+        assert norm.item() == pytest.approx(exact.item(), rel=1e-6 if dtype == torch.float32 else 1e-14)
+    assert total_norm([]) == 0
+    assert total_norm([torch.tensor([1.0, float("nan")])]).isnan()
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_small_and_large_tensors_of_several_dtypes_take_the_mix_alike(compile):
+    """Small ones are mixed together, large ones by themselves."""
+    draw = torch.Generator().manual_seed(0)
+    sizes = [1, 7, SMALL, SMALL + 1, 3, 100_000]
+    dtypes = [torch.float32, torch.float64, torch.float32, torch.float32, torch.float64, torch.float64]
+    params = [nn.Parameter(torch.zeros(n, dtype=d)) for n, d in zip(sizes, dtypes, strict=True)]
+    g, g_sam = ([torch.randn(n, generator=draw, dtype=d) for n, d in zip(sizes, dtypes, strict=True)] for _ in "ab")
+    for name in ("checkpoint24", "gain4x0.5"):
+        optimizer = SAM(params, lr=1.0, mix=name, compile=compile)
+        for grads, step in ((g, optimizer.first_step), (g_sam, optimizer.second_step)):
+            for p, gradient in zip(params, grads, strict=True):
+                p.grad = gradient.clone()
+            step()
+        for p, a, b in zip(params, g, g_sam, strict=True):
+            expected = [direction(name, x, y) for x, y in zip(a[:200].tolist(), b[:200].tolist(), strict=True)]
+            torch.testing.assert_close(p.grad[:200], torch.tensor(expected, dtype=p.dtype), rtol=0, atol=0)
+            mix_gradients_(a, alone := b.clone(), Mix.parse(name))
+            assert torch.equal(p.grad, alone)
 
 
 def test_parameters_without_a_gradient_stay_and_have_no_part_in_the_norm():

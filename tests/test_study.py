@@ -24,7 +24,7 @@ from samlib.study import Study
 
 # Stands in for 01_train, without its imports: notes that it was executed, and does what the test wants of that seed.
 STUB = """
-import json, os, signal, time
+import json, os, psutil, signal, time
 from pathlib import Path
 class UserError(ValueError): pass
 seed = config["seed"]
@@ -38,8 +38,10 @@ if seed == 8:
     raise UserError("seed: eight is refused")
 if seed == 9 and executed == 1:
     os.kill(os.getpid(), signal.SIGKILL)
-if seed == 10 and executed == 1:
-    os.kill(os.getppid(), signal.SIGKILL)
+if seed in (10, 12) and executed == 1:
+    parent = psutil.Process().parent()
+    forked = "samlib.kernels" in parent.cmdline()
+    (parent.parent() if forked and seed == 10 else parent).kill()
     time.sleep(600)
 (folder / "config.json").write_text(json.dumps({"config": config}))
 (folder / "summary.json").write_text(json.dumps({"status": "diverged" if seed == 11 else "done"}))
@@ -311,11 +313,13 @@ def test_a_study_is_executed_once_reports_failures_and_goes_on(tmp_path, stubs, 
 
 
 def test_a_killed_kernel_and_a_killed_worker_cost_a_retry_and_no_kernel_outlives_its_worker(tmp_path, stubs):
-    path, root = seeds_study(tmp_path, 9, 10, 0), tmp_path / "runs"
+    """Of its own kernel (9), its worker (10), and the process that its worker's kernels are forked from (12)."""
+    path, root = seeds_study(tmp_path, 9, 10, 12, 0), tmp_path / "runs"
     assert main(["run", str(path), "--root", str(root), "--workers", "2"]) == 0
-    nine, ten, zero = (root / config.run_id for config in Study.load(path).configs())
-    assert [len(kernels(folder)) for folder in (nine, ten, zero)] == [2, 2, 1]
-    assert not any(psutil.pid_exists(kernel) for kernel in kernels(ten)) and not list(ten.glob(".*.ipynb"))
+    nine, ten, twelve, zero = (root / config.run_id for config in Study.load(path).configs())
+    assert [len(kernels(folder)) for folder in (nine, ten, twelve, zero)] == [2, 2, 2, 1]
+    assert not any(psutil.pid_exists(kernel) for folder in (ten, twelve) for kernel in kernels(folder))
+    assert not list(root.glob("*/.*.ipynb"))
 
 
 def test_a_dry_run_says_what_it_would_do_and_does_nothing(tmp_path, stubs, capsys, monkeypatch):
@@ -362,6 +366,16 @@ def below(process: subprocess.Popen) -> list[psutil.Process]:
     return psutil.Process(process.pid).children(recursive=True)
 
 
+def kernels_below(process: subprocess.Popen) -> list[psutil.Process]:
+    """The kernels' processes: forks, or Jupyter's own."""
+
+    def is_kernel(p: psutil.Process) -> bool:
+        forked = "samlib.kernels" in p.cmdline() and "samlib.kernels" in p.parent().cmdline()
+        return forked or "ipykernel_launcher" in p.cmdline()
+
+    return [p for p in below(process) if is_kernel(p)]
+
+
 LONG = "base: {dataset: digits, model: resnet10, width: 4, batch_size: 64, state_seconds: 0.2, epochs: 100000}"
 
 
@@ -376,7 +390,7 @@ def test_an_interrupted_study_stops_in_seconds_and_leaves_no_process(how, tmp_pa
     try:
         started(root, process, 2)
         processes = below(process)
-        assert sum("ipykernel" in " ".join(p.cmdline()) for p in processes) == 2
+        assert len(kernels_below(process)) == 2
         begin = time.monotonic()
         if how == "Ctrl-C":
             os.killpg(process.pid, signal.SIGINT)
@@ -403,8 +417,10 @@ def test_a_worker_killed_by_sigkill_takes_its_kernel_along_and_its_run_resumes(t
     process = subprocess.Popen(command, cwd=PROJECT, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
         started(root, process, 2)
-        kernel = next(p for p in below(process) if "ipykernel" in " ".join(p.cmdline()))
-        kernel.parent().kill()
+        kernel = kernels_below(process)[0]
+        worker = kernel.parent().parent() if "samlib.kernels" in kernel.cmdline() else kernel.parent()
+        assert "multiprocessing.spawn" in " ".join(worker.cmdline())
+        worker.kill()
         kernel.wait(4)
         _, error = process.communicate(timeout=300)
         assert process.returncode == 0 and "Traceback" not in error

@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -218,6 +219,29 @@ def test_training_leaves_the_settings_of_torch_as_they_were(tmp_path):
     trained(tmp_path, threads=2, deterministic=True, epochs=1)
     assert torch.get_num_threads() == threads and not torch.are_deterministic_algorithms_enabled()
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's memory alone is kept")
+def test_memory_that_a_tensor_frees_is_there_for_the_next():
+    """In a process of its own: page faults of ten tensors of 64 MB, one after the other, before and after."""
+    code = """
+import resource, torch
+from samlib.train import keep_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.ones(16 << 20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+first = faults()
+keep_memory()
+faults()
+print(first, faults())
+"""
+    process = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True)
+    before, after = map(int, process.stdout.split())
+    assert before > 1000 and after < before / 100
 
 
 def test_a_finished_run_is_returned_at_once(tmp_path, monkeypatch):
