@@ -24,6 +24,7 @@ from samlib import PROJECT
 
 NAME = "samlib-forked"
 IMPORTS = ("ipykernel.kernelapp", "IPython.display", "matplotlib.pyplot", "PIL.Image", "samlib.train")
+ORIGIN = ("-m", "samlib.kernels")  # the process that kernels are forked from
 
 _lock = threading.Lock()
 _origin: subprocess.Popen | None = None
@@ -31,8 +32,8 @@ _origin: subprocess.Popen | None = None
 
 def fork_kernels() -> None:
     """From here on this process's kernels are forked, where they can be."""
-    if sys.platform == "linux":
-        factory = KernelProvisionerFactory.instance()
+    factory = KernelProvisionerFactory.instance()
+    if sys.platform == "linux" and factory.default_provisioner_name == "local-provisioner":  # the user chose no other
         factory.provisioners[NAME] = EntryPoint(NAME, f"{__name__}:ForkedProvisioner", factory.GROUP_NAME)
         factory.default_provisioner_name = NAME
 
@@ -69,8 +70,7 @@ def fork(arguments: list[str], env: dict[str, str], cwd: str) -> int:
         for _ in range(2):  # the origin may have been killed
             if _origin is None or _origin.poll() is not None:
                 pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-                command = [sys.executable, "-m", __name__]
-                _origin = subprocess.Popen(command, cwd=PROJECT, start_new_session=True, **pipes)
+                _origin = subprocess.Popen([sys.executable, *ORIGIN], cwd=PROJECT, start_new_session=True, **pipes)
             try:
                 print(json.dumps([arguments, env, cwd]), file=_origin.stdin, flush=True)
                 if answer := _origin.stdout.readline():
@@ -108,8 +108,11 @@ def next_kernel() -> tuple[list[str], dict[str, str], str]:
 
 def main() -> None:
     os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")  # as kernels do, before the import
-    for name in IMPORTS:
-        import_module(name)
+    try:
+        for name in IMPORTS:
+            import_module(name)
+    except Exception:  # the notebook, in a kernel of Jupyter's own, will say what is wrong
+        sys.exit(1)
     gc.freeze()  # what is there already is shared with the forks: no reason to visit it
     arguments, env, cwd = next_kernel()
     os.environ.clear()

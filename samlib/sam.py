@@ -16,6 +16,7 @@ from inspect import unwrap
 
 import torch
 from torch import Tensor
+from torch.optim.sgd import sgd
 
 from samlib.compiled import compiled
 
@@ -117,6 +118,15 @@ def flat(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1)
 
 
+def flat_view(tensor: Tensor) -> Tensor:
+    """flat(tensor), of the same memory; the tensor itself where its layout has no such view, as a transposed matrix.
+
+    Detached: torch.compile would look at what it is a view of.
+    """
+    view = flat(tensor)
+    return (view if view.data_ptr() == tensor.data_ptr() else tensor).detach()
+
+
 def laid_out(tensor: Tensor, model: Tensor) -> Tensor:
     """The tensor in the memory layout of its model; itself where it has it."""
     return tensor if tensor.stride() == model.stride() else torch.empty_like(model).copy_(tensor)
@@ -170,9 +180,7 @@ def mix_gradients_(g: Tensor, g_sam: Tensor, mix: Mix) -> None:
 
 
 # torch decorates these for its compiler, and the decorators import it: seconds, in every process, for nothing here.
-# Undecorated, SGD's step also calls no hooks beside those of SAM's own step.
 _add_param_group = unwrap(torch.optim.SGD.add_param_group)
-_sgd_step = unwrap(torch.optim.SGD.step)
 _zero_grad = unwrap(torch.optim.SGD.zero_grad)
 
 
@@ -290,36 +298,45 @@ class SAM(torch.optim.SGD):
         """Puts w + rho g / norm in the weights' place, in memory of its own; nothing where the norm is zero."""
         if norm.device.type == "cpu" and not norm > 0:
             return
-        for p in params:
-            if p not in self._spare:
-                self._spare[p] = torch.empty_like(p)
-        grads, spare = [p.grad for p in params], [self._spare[p] for p in params]
+        spare = [self._spare.get(p) for p in params]
+        if any(room is None for room in spare):
+            spare = [torch.empty_like(p) if room is None else room for p, room in zip(params, spare, strict=True)]
+            self._spare.update(zip(params, spare, strict=True))
         if norm.device.type == "cpu":  # one pass over the memory, which is what the time is spent on
             alpha = min(rho / norm.item(), torch.finfo(torch.float32).max)
-            for p, g, room in zip(params, grads, spare, strict=True):
-                torch.add(p, g, alpha=alpha, out=room)
+            for p, room in zip(params, spare, strict=True):
+                torch.add(p, p.grad, alpha=alpha, out=room)
         else:  # few kernels, and nothing that waits for the norm
-            torch._foreach_copy_(spare, grads)
+            torch._foreach_copy_(spare, [p.grad for p in params])
             scale = torch.where(norm > 0, rho / norm, 0.0).clamp(max=torch.finfo(norm.dtype).max)
             torch._foreach_mul_(spare, scale)
             torch._foreach_add_(spare, params)
         # No weight is copied or computed: all come back as they were.
-        self._ascended += [(p, p.data) for p in params]
         for p, room in zip(params, spare, strict=True):
+            self._ascended.append((p, p.data))
             p.data = room
 
+    @torch.no_grad()
     def _update(self) -> None:
         """SGD's step. Its fused kernel wants one memory layout for all of a parameter's tensors, and momentum buffers
-        for all parameters of a group or none."""
+        for all parameters of a group or none; what is not contiguous, as channels_last, it copies: hence flat views."""
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            for p in params:
+            params, grads, buffers = [], [], []
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
                 p.grad = laid_out(p.grad, p)
-            buffers = [self.state.get(p, {}).get("momentum_buffer") for p in params]
-            if any(b is not None for b in buffers):
-                for p, b in zip(params, buffers, strict=True):
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p) if b is None else laid_out(b, p)
-        _sgd_step(self)
+                view = (lambda t: t) if p.is_contiguous() else flat_view
+                params.append(view(p))
+                grads.append(view(p.grad))
+                if group["momentum"]:
+                    state = self.state[p]
+                    buffer = state.get("momentum_buffer")
+                    state["momentum_buffer"] = torch.zeros_like(p) if buffer is None else laid_out(buffer, p)
+                    buffers.append(view(state["momentum_buffer"]))
+            names = ("weight_decay", "momentum", "lr", "dampening", "nesterov", "maximize", "foreach", "fused")
+            scaling = {name: getattr(self, name, None) for name in ("grad_scale", "found_inf")}  # of a GradScaler
+            sgd(params, grads, buffers, **{name: group[name] for name in names}, **scaling)
 
     def _mix_(self, params: list[Tensor], mix: Mix) -> None:
         small: dict[tuple, list[tuple[Tensor, Tensor]]] = {}
@@ -332,11 +349,9 @@ class SAM(torch.optim.SGD):
             if p.grad is None:
                 p.grad = torch.zeros_like(g)
             g = laid_out(g, p.grad)
-            # Views of the gradients' own memory: what is written to them is written to p.grad. Detached, because
-            # torch.compile would look at what they are views of.
-            pair = flat(g).detach(), flat(p.grad).detach()
-            if pair[1].data_ptr() != p.grad.data_ptr():  # a layout that has no flat view, as a transposed matrix
-                mix_gradients_(g, p.grad, mix)
+            pair = flat_view(g), flat_view(p.grad)
+            if pair[1].dim() != 1:
+                mix_gradients_(*pair, mix)
             elif p.numel() <= SMALL:
                 small.setdefault((p.device, p.dtype), []).append(pair)
             elif self._compile:

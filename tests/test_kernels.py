@@ -57,6 +57,17 @@ def test_kernels_are_forks_of_one_process_that_has_the_imports(executed, tmp_pat
     assert third[0] == "4" and third[2] != first[2] and third[3] == "True"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="kernels are forked on Linux alone")
+def test_imports_that_fail_are_the_notebooks_to_report(executed, monkeypatch, capfd):
+    kernels.stop()
+    monkeypatch.setenv("SAMLIB_TEST", "here")
+    code = "import sys; sys.modules['PIL.Image'] = None; from samlib import kernels; kernels.main()"
+    monkeypatch.setattr(kernels, "ORIGIN", ["-c", code])
+    value, _, parent, ready, _ = executed(6)
+    assert (value, int(parent), ready) == ("6", os.getpid(), "False")
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_without_forks_kernels_are_started_as_jupyter_starts_them(executed, monkeypatch):
     def fails(*_: object) -> int:
         raise OSError("no process can be had")
