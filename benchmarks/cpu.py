@@ -48,7 +48,7 @@ def measure_all(quick: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         for name, measurement in {
-            "step": lambda: sam_step(*((2, 32) if quick else (12, 128))),
+            "step": lambda: sam_step(*((2, 32) if quick else (20, 128))),
             "arithmetic": lambda: arithmetic(3 if quick else 15),
             "probe": lambda: probe(2 if quick else 9),
             "epoch": lambda: epoch_shares(fields, root, quick),
