@@ -169,11 +169,12 @@ def arithmetic(repeats: int) -> list[Row]:
 def probe(repeats: int) -> list[Row]:
     model = build_model("resnet18", 64, "imagenet", 3, 10, 0)
     _, g, g_sam = gradients()
-    pair = GradientPair([name for name, _ in model.named_parameters()], g, g_sam, 0.0, 0.0)
+    names = [name for name, _ in model.named_parameters()]
 
     def ours(compile: bool) -> None:
+        pair = GradientPair(names, g, g_sam, 0.0, 0.0)
         probe_rows(pair, model, compile=compile)
-        pair.codes(compile=compile)
+        pair.codes()
 
     functions = {
         "a Python loop with divisions": lambda: reference_probe(g, g_sam),

@@ -6,7 +6,7 @@ every mix, and changes nothing of the training.
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
@@ -33,12 +33,29 @@ class GradientPair:
     g_sam: list[Tensor]
     loss: float
     loss_sam: float
+    _codes: Tensor | None = field(default=None, repr=False)
 
     @torch.no_grad()
-    def codes(self, *, compile: bool = False) -> Tensor:
+    def codes(self) -> Tensor:
         """The checkpoint of every parameter, uint8 (parameters,), layer after layer."""
-        function = _compiled_codes() if compile else _codes
-        return torch.cat(_by_layer(function, checkpoint_codes, self.g, self.g_sam))
+        if self._codes is None:
+            (codes,) = _by_layer(_codes, lambda g, g_sam: (checkpoint_codes(g, g_sam),), self.g, self.g_sam)
+            self._codes = torch.cat(codes)
+        return self._codes
+
+    @torch.no_grad()
+    def sums(self, *, compile: bool = False) -> Tensor:
+        """float64 (layers, 15): for every layer the counts of checkpoints 0 to 4 and of the seven ratio bins, and the
+        sums of g^2, g'^2 and g g'. A ratio lies in a bin when |g'| >= edge |g| in the gradients' own precision.
+
+        compile: in one compiled pass, which gives the codes too.
+        """
+        if compile:
+            sums, codes = _by_layer(_compiled(), _sums_and_codes, self.g, self.g_sam)
+            self._codes = torch.cat(codes)
+        else:
+            (sums,) = _by_layer(_sums, lambda g, g_sam: (_pair_sums(g, g_sam),), self.g, self.g_sam)
+        return torch.stack(sums).cpu()
 
     def sizes(self) -> Tensor:
         """|g| of every parameter (parameters,), in the order of the codes."""
@@ -97,19 +114,20 @@ def gradient_pair(model: nn.Module, x: Tensor, y: Tensor, rho: float) -> Gradien
 
 
 def _by_layer(
-    function: Callable[[Tensor, Tensor], Tensor],
-    by_row: Callable[[Tensor, Tensor], Tensor],
+    function: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
+    by_row: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
     g: list[Tensor],
     g_sam: list[Tensor],
-) -> list[Tensor]:
-    """function(g, g_sam) of every layer's flat gradients; `by_row` is the same for each row of matrices, which small
-    layers of one size are put into.
+) -> list[tuple[Tensor, ...]]:
+    """What function(g, g_sam) gives for every layer's flat gradients, a tuple over the layers for each of its results;
+    `by_row` is the same for each row of matrices, which small layers of one size are put into.
 
     The largest layer comes first, because torch.compile plans its threads for the first size that it sees; and the
     tensors are no views, because it would look at their bases.
     """
     pairs = [(flat(a).detach(), flat(laid_out(b, a)).detach()) for a, b in zip(g, g_sam, strict=True)]
-    results, alike = [torch.empty(0)] * len(pairs), {}
+    results: dict[int, tuple[Tensor, ...]] = {}
+    alike: dict[int, list[int]] = {}
     for i in sorted(range(len(pairs)), key=lambda i: -pairs[i][0].numel()):
         if pairs[i][0].numel() > SMALL:
             results[i] = function(*pairs[i])
@@ -117,9 +135,8 @@ def _by_layer(
             alike.setdefault(len(pairs[i][0]), []).append(i)
     for layers in alike.values():
         rows = by_row(*(torch.stack(side) for side in zip(*(pairs[i] for i in layers), strict=True)))
-        for i, row in zip(layers, rows, strict=True):
-            results[i] = row
-    return results
+        results.update(zip(layers, zip(*rows, strict=True), strict=True))
+    return list(zip(*(results[i] for i in range(len(pairs))), strict=True))
 
 
 def _pair_sums(g: Tensor, g_sam: Tensor, edges: Callable[[], tuple[float, ...]] = lambda: RATIO_EDGES) -> Tensor:
@@ -135,35 +152,27 @@ def _pair_sums(g: Tensor, g_sam: Tensor, edges: Callable[[], tuple[float, ...]] 
     return torch.stack(columns, -1)
 
 
-def _codes(g: Tensor, g_sam: Tensor) -> Tensor:
-    return torch.cat([checkpoint_codes(*piece) for piece in chunks(g, g_sam)])
+def _codes(g: Tensor, g_sam: Tensor) -> tuple[Tensor]:
+    return (torch.cat([checkpoint_codes(*piece) for piece in chunks(g, g_sam)]),)
 
 
-def _sums(g: Tensor, g_sam: Tensor) -> Tensor:
-    return sum(_pair_sums(*piece) for piece in chunks(g, g_sam))
+def _sums(g: Tensor, g_sam: Tensor) -> tuple[Tensor]:
+    return (sum(_pair_sums(*piece) for piece in chunks(g, g_sam)),)
+
+
+def _sums_and_codes(g: Tensor, g_sam: Tensor, **edges: Callable) -> tuple[Tensor, Tensor]:
+    return _pair_sums(g, g_sam, **edges), checkpoint_codes(g, g_sam)
 
 
 @lru_cache
-def _compiled_codes() -> Callable[[Tensor, Tensor], Tensor]:
-    return compiled(checkpoint_codes, dynamic=True)
-
-
-@lru_cache
-def _compiled_sums() -> Callable[[Tensor, Tensor], Tensor]:
+def _compiled() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     edges = torch.compiler.assume_constant_result(lambda: RATIO_EDGES)  # not six more inputs of every call
-    return compiled(lambda g, g_sam: _pair_sums(g, g_sam, edges), dynamic=True)
-
-
-@torch.no_grad()
-def pair_sums(g: list[Tensor], g_sam: list[Tensor], *, compile: bool = False) -> Tensor:
-    """float64 (layers, 15): for every tensor the counts of checkpoints 0 to 4 and of the seven ratio bins, and the
-    sums of g^2, g'^2 and g g'. A ratio lies in a bin when |g'| >= edge |g| in the gradients' own precision."""
-    return torch.stack(_by_layer(_compiled_sums() if compile else _sums, _pair_sums, g, g_sam)).cpu()
+    return compiled(lambda g, g_sam: _sums_and_codes(g, g_sam, edges=edges), dynamic=True)
 
 
 def probe_rows(pair: GradientPair, model: nn.Module, *, compile: bool = False) -> tuple[dict, list[dict]]:
     """One row for the table `probes` and one a layer for the table `layers`, without step and epoch."""
-    sums = pair_sums(pair.g, pair.g_sam, compile=compile)  # (layers, 15)
+    sums = pair.sums(compile=compile)  # (layers, 15)
     total = sums.sum(0)
     size = sum(t.numel() for t in pair.g)
     length, length_sam = total[12].sqrt().item(), total[13].sqrt().item()

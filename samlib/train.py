@@ -259,7 +259,7 @@ class Training:
             self.probed_epoch = self.epoch
             self.run.append("layers", (where | layer for layer in layers))
         if config.persistence_steps:
-            overlaps, intersections = self.persistence.rows(at, pair.codes(compile=config.compile))
+            overlaps, intersections = self.persistence.rows(at, pair.codes())
             self.run.append("overlaps", overlaps)
             self.run.append("intersections", intersections)
 

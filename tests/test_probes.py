@@ -14,7 +14,8 @@ from torch.nn.functional import cross_entropy
 
 from samlib import probes
 from samlib.models import build_model
-from samlib.probes import GradientPair, Persistence, checkpoint_codes, gradient_pair, pair_sums, probe_rows
+from samlib.probes import GradientPair, Persistence, checkpoint_codes, gradient_pair, probe_rows
+from samlib.sam import SMALL
 
 EDGES = ("1.2", "1.5", "2", "4", "8", "16")
 DTYPES = [torch.float32, torch.float64]
@@ -101,7 +102,7 @@ def test_counts_and_bins_are_a_per_element_loop_on_special_values(dtype):
             counts[k] += 1
             if k == 1:  # decided in the gradients' own precision
                 counts[5 + sum(abs(b) >= kind(e) * abs(a) for e in EDGES)] += 1
-    assert pair_sums([g], [h])[0, :12].tolist() == counts
+    assert pair_of([g], [h]).sums()[0, :12].tolist() == counts
 
 
 def test_bins_are_the_exact_ratios_on_random_values():
@@ -112,7 +113,7 @@ def test_bins_are_the_exact_ratios_on_random_values():
         if code(a, b) == 1:
             ratio = Fraction(abs(b)) / Fraction(abs(a))
             bins[sum(ratio >= Fraction(e) for e in EDGES)] += 1
-    assert pair_sums([g], [h])[0, 5:12].tolist() == bins
+    assert pair_of([g], [h]).sums()[0, 5:12].tolist() == bins
     assert min(bins) > 0
 
 
@@ -120,16 +121,16 @@ def test_an_edge_belongs_to_the_bin_above_it():
     g = torch.tensor([1.0, -0.25, 3.0]).repeat_interleave(6)
     edges = torch.tensor([float(e) for e in EDGES]).repeat(3)
     below = torch.nextafter(g * edges, torch.zeros(18))
-    assert pair_sums([g], [g * edges])[0, 5:12].tolist() == [0, 3, 3, 3, 3, 3, 3]
-    assert pair_sums([g], [below])[0, 5:12].tolist() == [3, 3, 3, 3, 3, 3, 0]
-    assert pair_sums([g], [g])[0, 5:12].tolist() == [18, 0, 0, 0, 0, 0, 0]
+    assert pair_of([g], [g * edges]).sums()[0, 5:12].tolist() == [0, 3, 3, 3, 3, 3, 3]
+    assert pair_of([g], [below]).sums()[0, 5:12].tolist() == [3, 3, 3, 3, 3, 3, 0]
+    assert pair_of([g], [g]).sums()[0, 5:12].tolist() == [18, 0, 0, 0, 0, 0, 0]
 
 
 def test_sums_over_several_chunks_are_those_of_the_whole():
     torch.manual_seed(0)
     g, h = torch.randn(200_001), torch.randn(200_001)
     g[::11] = 0
-    sums = pair_sums([g], [h])[0].numpy()
+    sums = pair_of([g], [h]).sums()[0].numpy()
     a, b = g.numpy().astype(np.float64), h.numpy().astype(np.float64)
     codes = np.where(a * b == 0, 0, 1 + (abs(b) < abs(a)) + 2 * (np.sign(a) != np.sign(b)))
     assert sums[:5].tolist() == np.bincount(codes, minlength=5).tolist()
@@ -139,15 +140,35 @@ def test_sums_over_several_chunks_are_those_of_the_whole():
     np.testing.assert_allclose(sums[12:], whole[12:], rtol=1e-12)
 
 
+@pytest.mark.parametrize("compile", [False, True])
+def test_many_layers_of_many_sizes_are_counted_as_each_by_itself(compile):
+    """Small layers of one size are counted together, large ones by themselves."""
+    draw = torch.Generator().manual_seed(0)
+    sizes = [3, 100_000, SMALL, 1, SMALL + 1, 3, 1, SMALL, 20, 3]
+    g, h = ([torch.randn(n, generator=draw) for n in sizes] for _ in "gh")
+    g[0][1] = g[7][5] = h[1][::3] = 0
+    pair = pair_of(g, h)
+    sums = pair.sums(compile=compile)
+    assert sums.shape == (len(sizes), 15) and sums.dtype == torch.float64
+    exact = [codes_of(a.tolist(), b.tolist()) for a, b in zip(g, h, strict=True)]
+    assert sums[:, :5].tolist() == [np.bincount(codes, minlength=5).tolist() for codes in exact]
+    assert sums[:, 5:12].sum(1).tolist() == sums[:, 1].tolist()
+    products = [
+        [float(x.double() @ y.double()) for x, y in ((a, a), (b, b), (a, b))] for a, b in zip(g, h, strict=True)
+    ]
+    np.testing.assert_allclose(sums[:, 12:], products, rtol=1e-6, atol=1e-4)
+    assert pair.codes().tolist() == sum(exact, [])
+
+
 def test_layouts_of_the_two_gradients_do_not_matter():
     torch.manual_seed(0)
     g, h = torch.randn(4, 3, 5, 5), torch.randn(4, 3, 5, 5)
     last = torch.channels_last
-    expected = pair_sums([g], [h])
+    expected = pair_of([g], [h]).sums()
     for a, b in ((g.to(memory_format=last), h), (g, h.to(memory_format=last)), tuple(
         t.to(memory_format=last) for t in (g, h)
     )):  # fmt: skip
-        torch.testing.assert_close(pair_sums([a], [b]), expected, rtol=1e-12, atol=1e-9)
+        torch.testing.assert_close(pair_of([a], [b]).sums(), expected, rtol=1e-12, atol=1e-9)
         pair = pair_of([a], [b])
         order = checkpoint_codes(g, h), g.abs()
         if not a.is_contiguous():
