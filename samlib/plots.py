@@ -230,6 +230,7 @@ def batch_accuracy(frame: pd.DataFrame, table: pd.DataFrame, dataset: str) -> Fi
     axes.set(xlabel="final test accuracy, %")
     axes.grid(axis="y", visible=False)
     _frame_points(axes, 100 * frame.test_accuracy.astype(float).dropna())
+    axes.set_xlim(right=min(axes.get_xlim()[1], 101))
     caption(axes, f"{dataset}; n = {_range(table.n)}")
     return figure
 
