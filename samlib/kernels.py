@@ -57,9 +57,10 @@ class ForkedProvisioner(LocalProvisioner):
                 pid = fork(cmd[cmd.index(launcher) + 1 :], kwargs["env"], kwargs.get("cwd") or os.getcwd())
                 self.process = ForkedProcess(pid)
             except (OSError, psutil.NoSuchProcess):
-                return await super().launch_kernel(cmd, **kwargs)
-            self.pid = self.pgid = pid
-            return self.connection_info
+                pass
+            else:
+                self.pid = self.pgid = pid
+                return self.connection_info
         return await super().launch_kernel(cmd, **kwargs)
 
 
@@ -125,7 +126,7 @@ def main() -> None:
     # The parent that Jupyter names, and that a kernel ends with, is not the one of a fork.
     kernelapp.launch_new_instance(argv=[*arguments, f"--IPKernelApp.parent_handle={os.getppid()}"])
     atexit._run_exitfuncs()
-    os._exit(0)  # Python's own end would visit, and so copy, all memory that is shared with the origin: over a second
+    os._exit(0)  # Python's own end would visit, and so copy, all memory that is shared with the origin
 
 
 if __name__ == "__main__":

@@ -142,8 +142,8 @@ def chunks(*tensors: Tensor, size: int = 1 << 16) -> Iterable[tuple[Tensor, ...]
 def total_norm(tensors: list[Tensor]) -> Tensor:
     """The Euclidean norm over all elements of all tensors, a scalar on the first one's device.
 
-    On a CPU in rows of ROW elements, because torch's own norm of one tensor runs on one core, and in float32 is off by
-    3e-5 for the millions of elements of a layer; so it is near 1e-7.
+    On a CPU in rows of ROW elements: torch's own norm of one tensor runs on one core, and adds up all of its squares
+    in its own precision, which float32 does not bear well for the millions of a layer.
     """
     if not tensors or any(t.device.type != "cpu" for t in tensors):
         return torch.nn.utils.get_total_norm(tensors)

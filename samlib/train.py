@@ -57,7 +57,7 @@ def pick_device(config: RunConfig) -> torch.device:
 
 def keep_memory() -> None:
     """Lets freed memory stay with the process, where the C library is glibc. Else that of every large tensor goes back
-    to the system, and mapping and zeroing it anew takes up to a seventh of a step's time on a CPU."""
+    to the system, and every step on a CPU spends time on mapping and zeroing it anew."""
     if platform.libc_ver()[0] == "glibc":
         trim_threshold, mmap_threshold = -1, -3  # the names' numbers in malloc.h
         libc = ctypes.CDLL(None)

@@ -464,6 +464,19 @@ LAYOUTS = {
 }
 
 
+def test_an_update_copies_no_tensor_whatever_its_layout():
+    """torch's fused kernel makes contiguous copies of channels_last tensors where it is given them as they are."""
+    model = nn.Conv2d(8, 8, 3).to(memory_format=torch.channels_last)
+    optimizer = SAM(model.parameters(), lr=0.1, rho=0.05, momentum=0.9)
+    for _ in range(2):
+        for step in (optimizer.first_step, optimizer.second_step):
+            model(torch.randn(2, 8, 5, 5).to(memory_format=torch.channels_last)).square().sum().backward()
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+                step()
+    names = {event.name for event in profile.events()}
+    assert "aten::_fused_sgd_" in names and not names & {"aten::clone", "aten::copy_"}
+
+
 @pytest.mark.parametrize("layouts", itertools.product(LAYOUTS, LAYOUTS, LAYOUTS), ids="-".join)
 def test_any_memory_layout_of_weights_and_gradients_gives_the_same_step(layouts):
     torch.manual_seed(2)

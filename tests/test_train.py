@@ -222,11 +222,12 @@ def test_training_leaves_the_settings_of_torch_as_they_were(tmp_path):
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's memory alone is kept")
-def test_memory_that_a_tensor_frees_is_there_for_the_next():
+def test_from_a_training_on_memory_that_a_tensor_frees_is_there_for_the_next(tmp_path):
     """In a process of its own: page faults of ten tensors of 64 MB, one after the other, before and after."""
     code = """
-import resource, torch
-from samlib.train import keep_memory
+import resource, sys, torch
+from samlib.config import RunConfig
+from samlib.train import train
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -235,11 +236,12 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 first = faults()
-keep_memory()
+train(RunConfig(dataset="digits", model="resnet10", width=2, epochs=1, device="cpu"), sys.argv[1], progress=False)
 faults()
 print(first, faults())
 """
-    process = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    process = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=True)
     before, after = map(int, process.stdout.split())
     assert before > 1000 and after < before / 100
 
