@@ -1,0 +1,1 @@
+"""Reads studies: statistics, tables, claims, figures."""
