@@ -327,8 +327,8 @@ def workers(fields: dict, root: Path, rounds: int, epochs: int) -> list[Row]:
 
 
 def runner(root: Path, runs: int, repeats: int) -> list[Row]:
-    from samlib import kernels
-    from samlib.runner import dask_client, execute, run_all
+    from samlib.batch import kernels
+    from samlib.batch.runner import dask_client, execute, run_all
 
     numbers = iter(range(10**6))
     folder = root / "runner"

@@ -72,7 +72,7 @@ def figures_of(root: Path) -> Path:
 
 
 def run(args: argparse.Namespace) -> int:
-    from samlib import runner
+    from samlib.batch import runner
     from samlib.config import UserError
     from samlib.runs import Run
     from samlib.study import Study, parse_config, read_yaml, relative
@@ -131,7 +131,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def dry_run(configs: list, root: Path, workers: int | None) -> int:
-    from samlib import runner
+    from samlib.batch import runner
     from samlib.runs import Run
 
     todo = runner.unfinished(configs, root)
@@ -170,8 +170,8 @@ def status(args: argparse.Namespace) -> int:
 
 
 def publish(args: argparse.Namespace) -> int:
-    from samlib import runner
-    from samlib.findings import write_findings
+    from samlib.batch import runner
+    from samlib.analysis.findings import write_findings
     from samlib.study import Study
 
     study, root = Study.load(args.study), args.root.resolve()
@@ -187,7 +187,7 @@ def publish(args: argparse.Namespace) -> int:
 
 
 def report(args: argparse.Namespace) -> int:
-    from samlib.report import report as report_of
+    from samlib.analysis.report import report as report_of
     from samlib.study import Study
 
     print(report_of(Study.load(args.study), args.root.resolve()))

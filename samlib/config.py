@@ -37,16 +37,18 @@ class RunConfig(BaseModel):
     data_fraction: Fraction = 1.0  # of each class of the training set
     noise_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of the subset's labels, flipped to another class
     augment: bool = True  # random crop, and flip where mirrored images keep their meaning
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of the subset, kept out of training, as noisy
     drop_last: bool = False  # leave out the last, smaller batch of an epoch
 
     # Model
-    model: Literal["resnet10", "resnet18", "resnet34"] = "resnet18"
+    model: Literal["resnet6", "resnet10", "resnet18", "resnet34"] = "resnet18"
     stem: Literal["imagenet", "cifar"] = "imagenet"  # 7x7 stride 2 and pooling, or 3x3
     width: Annotated[int, Field(ge=1, le=512)] = 64  # channels of the first stage
 
     # Optimizer
     mix: str = "sgd"  # see samlib.sam.Mix
-    rho: Annotated[float, Field(ge=0, le=1e3)] = 0.05  # radius of SAM's ascent step, and of a probe's
+    mix_warmup: Annotated[float, Field(ge=0, le=1)] = 0.0  # share of the epochs from SAM's eight numbers to the mix's
+    rho: Annotated[float, Field(ge=0, le=1e3)] = 0.05  # radius of SAM's ascent step, and of the probes'
     epochs: Annotated[int, Field(ge=1, le=100_000)] = 100
     batch_size: Annotated[int, Field(ge=2, le=1_000_000)] = 128
     lr: Annotated[float, Field(gt=0, le=1e3)] = 0.1  # at the first epoch; cosine to zero, epoch by epoch
@@ -58,11 +60,15 @@ class RunConfig(BaseModel):
     # What is measured
     eval_every: Annotated[int, Field(ge=1, le=10**9)] = 10  # an evaluation costs up to an epoch's time: not every one
     probe_every: Every = 0  # steps
+    probe_rho: Annotated[float, Field(ge=0, le=1e3)] | None = None  # a second radius, for probes and ascent sharpness
     persistence_steps: tuple[Annotated[int, Field(ge=0)], ...] = ()  # reference steps of Experiments 2 and 3
+    persistence_lags: tuple[Annotated[int, Field(ge=1)], ...] = (1, 2, 5, 20)  # steps after them that are probed too
     persistence_window: Annotated[int, Field(ge=1, le=1000)] = 10  # consecutive steps of the running intersection
     threshold_every: Every = 0  # Project 1's table
+    noise_every: Every = 0  # what flipped labels bring to g and g', by checkpoint
     sharpness_every: Every = 0  # random-direction and ascent sharpness
     curvature_every: Every = 0  # Hessian eigenvalues, trace, diagonal; the second-order prediction of the codes
+    convergence_every: Every = 0  # which parameters' mean gradients differ from zero, over the whole training set
     scan_every: Every = 0  # codes over a grid of rho on fixed weights
     scan_rhos: tuple[Annotated[float, Field(gt=0, le=1e3)], ...] = tuple(
         round(10 ** (-3 + k / 6), 6) for k in range(19)
@@ -71,7 +77,6 @@ class RunConfig(BaseModel):
 
     # How it is run
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
-    compile: bool = False
     graph: bool = True  # on CUDA: the whole step as one graph
     deterministic: bool = False  # on CUDA: such algorithms and no graph (a CPU run always is, for fixed threads)
     threads: Annotated[int, Field(ge=1, le=1024)] = 1
@@ -79,7 +84,7 @@ class RunConfig(BaseModel):
     state_seconds: Annotated[float, Field(ge=0, le=1e6)] = 60.0  # at least this long between two resume states
     keep_weights: bool = False
 
-    @field_validator("persistence_steps", "scan_rhos", mode="before")
+    @field_validator("persistence_steps", "persistence_lags", "scan_rhos", mode="before")
     @classmethod
     def _list_to_tuple(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value
@@ -117,6 +122,12 @@ class RunConfig(BaseModel):
             raise ValueError("persistence_steps names a step twice")
         if self.persistence_steps and not self.probe_every:
             raise ValueError("persistence_steps needs probes: set probe_every to a number of steps above 0")
+        if self.probe_rho is not None and not (self.probe_every or self.sharpness_every):
+            raise ValueError("probe_rho is measured by probes and sharpness: set probe_every or sharpness_every above 0")
+        if self.noise_every and not self.noise_fraction:
+            raise ValueError("noise_every needs flipped labels: set noise_fraction above 0, or leave noise_every out")
+        if self.mix_warmup and self.mix in ("sgd", "sam"):
+            raise ValueError(f"mix_warmup leads from sam to another mix, not to {self.mix}: leave it out")
         return self
 
     @classmethod
@@ -155,9 +166,18 @@ class RunConfig(BaseModel):
         """Forward and backward passes a step."""
         return 1 + Mix.parse(self.mix).second_pass
 
+    @property
+    def radii(self) -> list[float]:
+        """Those of the probes and the ascent sharpness: the run's own, and the one that runs have in common."""
+        return [self.rho] + [rho for rho in (self.probe_rho,) if rho not in (None, self.rho)]
+
     def learning_rate(self, epoch: int) -> float:
         """Cosine annealing by epoch, epoch counted from 0 (torch's CosineAnnealingLR with T_max = epochs)."""
         return self.lr * (1 + math.cos(math.pi * epoch / self.epochs)) / 2
+
+    def mix_progress(self, epoch: int) -> float:
+        """How far the mix is on its way from SAM's numbers (0) to its own (1) in this epoch, counted from 0."""
+        return 1.0 if epoch >= self.mix_warmup * self.epochs else epoch / (self.mix_warmup * self.epochs)
 
     def due(self, every: int, epochs_done: int) -> bool:
         """Whether something measured every so many epochs is measured after this many: also always after the last."""

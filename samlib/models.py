@@ -1,4 +1,4 @@
-"""ResNets by depth, width and stem, and the two guards around a pass at other weights."""
+"""ResNets by depth, width and stem, and the guards around a pass in another mode, or at other weights."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -6,7 +6,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-BLOCKS = {"resnet10": (1, 1, 1, 1), "resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3)}  # a stage
+BLOCKS = {  # of every stage; two stages are for 8x8 images, of which a third and fourth would leave single pixels
+    "resnet6": (1, 1),
+    "resnet10": (1, 1, 1, 1),
+    "resnet18": (2, 2, 2, 2),
+    "resnet34": (3, 4, 6, 3),
+}
 
 
 class BasicBlock(nn.Module):
@@ -29,7 +34,7 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """torchvision's ResNet of basic blocks, for any width, stem, channels and classes.
+    """torchvision's ResNet of basic blocks, for any number of stages, width, stem, channels and classes.
 
     At width 64 with the imagenet stem it is torchvision's, weights and outputs, bit for bit (a test holds the two
     together). Written here because torchvision fixes the widths, costs each run over a second to import, and has no
@@ -43,6 +48,7 @@ class ResNet(nn.Module):
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.Identity() if cifar else nn.MaxPool2d(3, 2, 1)
+        self.stages = [f"layer{stage + 1}" for stage in range(len(blocks))]
         planes = width
         for stage, count in enumerate(blocks):
             layers = []
@@ -50,7 +56,7 @@ class ResNet(nn.Module):
                 out = width << stage
                 layers.append(BasicBlock(planes, out, 2 if stage and not block else 1))
                 planes = out
-            setattr(self, f"layer{stage + 1}", nn.Sequential(*layers))
+            setattr(self, self.stages[stage], nn.Sequential(*layers))
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
         self.fc = nn.Linear(planes, classes)
         for module in self.modules():
@@ -59,7 +65,8 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (batch, channels, height, width) -> (batch, classes)
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        for stage in self.stages:
+            x = getattr(self, stage)(x)
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
 
@@ -120,3 +127,17 @@ def weights_restored(params: Iterable[Tensor]) -> Iterator[list[Tensor]]:
         with torch.no_grad():
             for p, b in zip(params, before, strict=True):
                 p.copy_(b)
+
+
+@contextmanager
+def softplus_for_relu(model: nn.Module) -> Iterator[None]:
+    """Inside, every ReLU is a softplus, which is like it but has no kink; the weights are the same."""
+    places = [(m, name) for m in model.modules() for name, child in m.named_children() if isinstance(child, nn.ReLU)]
+    before = [getattr(module, name) for module, name in places]
+    try:
+        for module, name in places:
+            setattr(module, name, nn.Softplus())
+        yield
+    finally:
+        for (module, name), relu in zip(places, before, strict=True):
+            setattr(module, name, relu)

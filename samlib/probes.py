@@ -1,27 +1,26 @@
 """What the second document looks at: how every parameter's gradient changes at SAM's ascent point.
 
 Each probe makes its own two passes, in fp32 and outside the optimizer, so that it means the same under SGD, SAM and
-every mix, and changes nothing of the training.
+every mix, and changes nothing of the training. Parameters are counted layer after layer, in the model's order.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import lru_cache
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from samlib.compiled import compiled
-from samlib.models import frozen_statistics, layer_kinds, mode, weights_restored
-from samlib.sam import SMALL, checkpoint_codes, chunks, flat, laid_out
+from samlib.models import frozen_statistics, layer_kinds, mode, softplus_for_relu, weights_restored
+from samlib.sam import checkpoint_codes
 
 CHECKPOINTS = ("inactive", "checkpoint1", "checkpoint2", "checkpoint3", "checkpoint4")
 RATIO_EDGES = (1.2, 1.5, 2.0, 4.0, 8.0, 16.0)  # of |g'| / |g| within checkpoint 1 (Project 2)
 BINS = tuple(f"bin{k}" for k in range(1, len(RATIO_EDGES) + 2))
-T_975_7 = 2.364624  # the two-sided 5 % point of Student's t with 7 degrees of freedom
 
 
 @dataclass
@@ -33,33 +32,21 @@ class GradientPair:
     g_sam: list[Tensor]
     loss: float
     loss_sam: float
-    _codes: Tensor | None = field(default=None, repr=False)
 
-    @torch.no_grad()
+    @cached_property
+    def layer_codes(self) -> list[Tensor]:
+        """The checkpoints of every layer's parameters, each uint8 (size,)."""
+        return [checkpoint_codes(a.flatten(), b.flatten()) for a, b in zip(self.g, self.g_sam, strict=True)]
+
+    @cached_property
     def codes(self) -> Tensor:
-        """The checkpoint of every parameter, uint8 (parameters,), layer after layer."""
-        if self._codes is None:
-            (codes,) = _by_layer(_codes, lambda g, g_sam: (checkpoint_codes(g, g_sam),), self.g, self.g_sam)
-            self._codes = torch.cat(codes)
-        return self._codes
+        """The checkpoint of every parameter, uint8 (parameters,)."""
+        return torch.cat(self.layer_codes)
 
-    @torch.no_grad()
-    def sums(self, *, compile: bool = False) -> Tensor:
-        """float64 (layers, 15): for every layer the counts of checkpoints 0 to 4 and of the seven ratio bins, and the
-        sums of g^2, g'^2 and g g'. A ratio lies in a bin when |g'| >= edge |g| in the gradients' own precision.
-
-        compile: in one compiled pass, which gives the codes too.
-        """
-        if compile:
-            sums, codes = _by_layer(_compiled(), _sums_and_codes, self.g, self.g_sam)
-            self._codes = torch.cat(codes)
-        else:
-            (sums,) = _by_layer(_sums, lambda g, g_sam: (_pair_sums(g, g_sam),), self.g, self.g_sam)
-        return torch.stack(sums).cpu()
-
+    @cached_property
     def sizes(self) -> Tensor:
-        """|g| of every parameter (parameters,), in the order of the codes."""
-        return torch.cat([flat(a).abs() for a in self.g])
+        """|g| of every parameter (parameters,)."""
+        return torch.cat([a.flatten().abs() for a in self.g])
 
 
 @contextmanager
@@ -74,15 +61,18 @@ def full_precision() -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, conv
 
 
-def gradient(model: nn.Module, x: Tensor, y: Tensor, *, create_graph: bool = False) -> tuple[list[Tensor], Tensor]:
-    """The gradient of the mean cross entropy, a tensor a parameter (zeros where there is none), and the loss ()."""
-    params = list(model.parameters())
-    trainable = [p for p in params if p.requires_grad]
-    with torch.enable_grad():
-        loss = cross_entropy(model(x), y)
-        found = iter(torch.autograd.grad(loss, trainable, create_graph=create_graph, allow_unused=True))
-    grads = [next(found) if p.requires_grad else None for p in params]
-    return [torch.zeros_like(p) if g is None else laid_out(g, p) for p, g in zip(params, grads, strict=True)], loss
+@contextmanager
+def as_trained(model: nn.Module) -> Iterator[None]:
+    """Inside, passes are those of training, normalized by their batch, but move no running statistics."""
+    with mode(model, training=True), frozen_statistics(model), full_precision():
+        yield
+
+
+def gradients(model: nn.Module, loss: Tensor, **options: bool) -> list[Tensor]:
+    """The gradient of a loss, a tensor a parameter: zeros where there is none. options: of torch.autograd.grad."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    found = iter(torch.autograd.grad(loss, trainable, materialize_grads=True, **options))
+    return [next(found) if p.requires_grad else torch.zeros_like(p) for p in model.parameters()]
 
 
 def norm(tensors: Iterable[Tensor]) -> float:
@@ -101,161 +91,124 @@ def ascended(model: nn.Module, g: list[Tensor], rho: float) -> Iterator[None]:
         yield
 
 
+@torch.enable_grad()
 def gradient_pair(model: nn.Module, x: Tensor, y: Tensor, rho: float) -> GradientPair:
     """g at the weights and g' at the ascent point, on one batch in training mode; nothing of the model changes.
 
     x: (batch, channels, height, width) float32; y: (batch,) int64; rho in the units of the weights.
     """
-    with mode(model, training=True), frozen_statistics(model), full_precision():
-        g, loss = gradient(model, x, y)
+    with as_trained(model):
+        loss = cross_entropy(model(x), y)
+        g = gradients(model, loss)
         with ascended(model, g, rho):
-            g_sam, loss_sam = gradient(model, x, y)
+            loss_sam = cross_entropy(model(x), y)
+            g_sam = gradients(model, loss_sam)
     return GradientPair([name for name, _ in model.named_parameters()], g, g_sam, loss.item(), loss_sam.item())
 
 
-def _by_layer(
-    function: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
-    by_row: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
-    g: list[Tensor],
-    g_sam: list[Tensor],
-) -> list[tuple[Tensor, ...]]:
-    """What function(g, g_sam) gives for every layer's flat gradients, a tuple over the layers for each of its results;
-    `by_row` is the same for each row of matrices, which small layers of one size are put into.
+def probe_rows(pair: GradientPair, model: nn.Module) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """One row for the table `probes` and one a layer for the table `layers`, without step and epoch.
 
-    The largest layer comes first, because torch.compile plans its threads for the first size that it sees; and the
-    tensors are no views, because it would look at their bases.
+    A ratio lies in a bin when |g'| >= edge |g| in the gradients' own precision.
     """
-    pairs = [(flat(a).detach(), flat(laid_out(b, a)).detach()) for a, b in zip(g, g_sam, strict=True)]
-    results: dict[int, tuple[Tensor, ...]] = {}
-    alike: dict[int, list[int]] = {}
-    for i in sorted(range(len(pairs)), key=lambda i: -pairs[i][0].numel()):
-        if pairs[i][0].numel() > SMALL:
-            results[i] = function(*pairs[i])
-        else:
-            alike.setdefault(len(pairs[i][0]), []).append(i)
-    for layers in alike.values():
-        rows = by_row(*(torch.stack(side) for side in zip(*(pairs[i] for i in layers), strict=True)))
-        results.update(zip(layers, zip(*rows, strict=True), strict=True))
-    return list(zip(*(results[i] for i in range(len(pairs))), strict=True))
-
-
-def _pair_sums(g: Tensor, g_sam: Tensor, edges: Callable[[], tuple[float, ...]] = lambda: RATIO_EDGES) -> Tensor:
-    """float64 (..., 15) of (..., n): the five counts, the seven bins', and the sums of g^2, g'^2 and g g'."""
-    size, along = g.abs(), g.sign() * g_sam  # g' as it lies along g: exact, and negative where the signs differ
-    along = along.masked_fill(along == 0, float("nan"))  # inactive: in none of the comparisons
-    masks = (along > 0, along < 0, along <= -size, along >= size, *(along >= edge * size for edge in edges()))
-    counts = [mask.sum(-1, dtype=torch.int32) for mask in masks]  # cheaper than int64; no tensor has 2^31 elements
-    same, other, in3, in1, *above = (c.double() for c in counts)
-    bins = [a - b for a, b in zip((in1, *above), above, strict=False)]
-    squares = [(a * b).sum(-1, dtype=torch.float64) for a, b in ((g, g), (g_sam, g_sam), (g, g_sam))]
-    columns = [g.shape[-1] - same - other, in1, same - in1, in3, other - in3, *bins, above[-1], *squares]
-    return torch.stack(columns, -1)
-
-
-def _codes(g: Tensor, g_sam: Tensor) -> tuple[Tensor]:
-    return (torch.cat([checkpoint_codes(*piece) for piece in chunks(g, g_sam)]),)
-
-
-def _sums(g: Tensor, g_sam: Tensor) -> tuple[Tensor]:
-    return (sum(_pair_sums(*piece) for piece in chunks(g, g_sam)),)
-
-
-def _sums_and_codes(g: Tensor, g_sam: Tensor, **edges: Callable) -> tuple[Tensor, Tensor]:
-    return _pair_sums(g, g_sam, **edges), checkpoint_codes(g, g_sam)
-
-
-@lru_cache
-def _compiled() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    edges = torch.compiler.assume_constant_result(lambda: RATIO_EDGES)  # not six more inputs of every call
-    return compiled(lambda g, g_sam: _sums_and_codes(g, g_sam, edges=edges), dynamic=True)
-
-
-def probe_rows(pair: GradientPair, model: nn.Module, *, compile: bool = False) -> tuple[dict, list[dict]]:
-    """One row for the table `probes` and one a layer for the table `layers`, without step and epoch."""
-    sums = pair.sums(compile=compile)  # (layers, 15)
-    total = sums.sum(0)
-    size = sum(t.numel() for t in pair.g)
-    length, length_sam = total[12].sqrt().item(), total[13].sqrt().item()
+    kinds, layers = layer_kinds(model), []
+    above = torch.zeros(len(RATIO_EDGES), dtype=torch.int64)
+    dot = 0.0
+    for name, g, g_sam, codes in zip(pair.names, pair.g, pair.g_sam, pair.layer_codes, strict=True):
+        g, g_sam = g.flatten(), g_sam.flatten()
+        counts = torch.bincount(codes, minlength=5).tolist()
+        head = {"layer": name, "kind": kinds[name], "parameters": g.numel()}
+        layers.append(head | dict(zip(CHECKPOINTS, counts, strict=True)))
+        inside, size, size_sam = codes == 1, g.abs(), g_sam.abs()
+        above += torch.stack([(inside & (size_sam >= edge * size)).sum() for edge in RATIO_EDGES]).cpu()
+        dot += (g.double() * g_sam.double()).sum().item()
+    total = sum(layer["parameters"] for layer in layers)
+    counts = {name: sum(layer[name] for layer in layers) for name in CHECKPOINTS}
+    edges = [counts["checkpoint1"], *above.tolist(), 0]
+    counts |= {name: edges[k] - edges[k + 1] for k, name in enumerate(BINS)}
+    length, length_sam = norm(pair.g), norm(pair.g_sam)
     row = {"loss": pair.loss, "loss_sam": pair.loss_sam, "grad_norm": length, "grad_norm_sam": length_sam}
-    row["cosine"] = total[14].item() / (length * length_sam) if length and length_sam else float("nan")
-    row |= {name: total[k].item() / size for k, name in enumerate((*CHECKPOINTS, *BINS))}
-    kinds = layer_kinds(model)
-    layers = [
-        {"layer": name, "kind": kinds[name], "parameters": g.numel()}
-        | {code: int(n) for code, n in zip(CHECKPOINTS, counts, strict=False)}
-        for name, g, counts in zip(pair.names, pair.g, sums.tolist(), strict=True)
-    ]
-    return row, layers
-
-
-def pack(mask: Tensor) -> Tensor:
-    """A set of parameters, bool (n,), as bits: uint8 (ceil(n / 8),) on the CPU."""
-    return torch.from_numpy(np.packbits(mask.cpu().numpy()))
-
-
-def count(packed: Tensor) -> int:
-    """The size of a packed set."""
-    return int(np.bitwise_count(packed.numpy()).sum(dtype=np.int64))
+    row["cosine"] = dot / (length * length_sam) if length and length_sam else float("nan")
+    return row | {name: count / total for name, count in counts.items()}, layers
 
 
 class Persistence:
-    """Experiments 2 and 3: how long a parameter stays in checkpoint 1.
+    """Experiments 2 and 3: how long a parameter stays in checkpoint 1, on the batch of a reference step, kept, and on
+    the later steps' own batches.
 
-    At each reference step the set is kept; every later probe is compared with it, and the sets of the consecutive steps
-    that follow are intersected one after the other. Packed sets, one bit a parameter; `state` goes into a resume state.
+    `layers`: the number of parameters of each layer, within which the chance levels are taken. `state` goes into a
+    resume state.
     """
 
-    def __init__(self, steps: Iterable[int], window: int, state: dict | None = None) -> None:
-        self.steps, self.window = tuple(steps), window
-        self.references: dict[int, Tensor] = dict(state["references"]) if state else {}
-        self.intersections: dict[int, Tensor] = dict(state["intersections"]) if state else {}
-
-    @property
-    def state(self) -> dict:
-        return {"references": self.references, "intersections": self.intersections}
+    def __init__(self, steps: Iterable[int], lags: Iterable[int], window: int, layers: list[int]) -> None:
+        self.steps, self.lags, self.window, self.layers = tuple(steps), tuple(lags), window, layers
+        self.state: dict[str, dict] = {"references": {}, "intersections": {}}
 
     def wants(self, step: int) -> bool:
         """Whether a step must be probed: it is a reference, or one of those that follow it."""
-        return any(0 <= step - reference < self.window for reference in self.steps)
+        return any(0 <= step - r < self.window or step - r in self.lags for r in self.steps)
 
-    def rows(self, step: int, codes: Tensor) -> tuple[list[dict], list[dict]]:
-        """Rows of the tables `overlaps` and `intersections` for a probed step with these codes (parameters,)."""
-        members = pack(codes == 1)
-        size, total = count(members), {"active": int((codes != 0).sum()), "parameters": codes.numel()}
+    def by_layer(self, mask: Tensor) -> Tensor:
+        """How many of each layer's parameters are in the set, float64 (layers,); mask: bool (parameters,)."""
+        return torch.stack([part.sum() for part in mask.split(self.layers)]).double().cpu()
+
+    def rows(self, step: int, codes: Tensor, again: Callable[[int], Tensor]) -> tuple[list[dict], list[dict]]:
+        """Rows of the tables `overlaps` and `intersections` for a probed step.
+
+        codes (parameters,): of the step's own batch; again(reference): of that step's batch, at the present weights.
+        `chance` is the expected size if the sets were drawn at random within each layer: from the parameters active at
+        both steps for an overlap, and for an intersection from those active at the reference step.
+        """
+        references, running = self.state["references"], self.state["intersections"]
         overlaps, intersections = [], []
         if step in self.steps:
-            self.references[step] = self.intersections[step] = members
-        for reference, kept in self.references.items():
-            if step > reference:
-                overlaps.append(
-                    {"reference_step": reference, "step": step, "reference_size": count(kept), "size": size}
-                    | {"overlap": count(kept & members)}
-                    | total
-                )
-            if 0 <= step - reference < self.window:
-                self.intersections[reference] = self.intersections[reference] & members
-                intersections.append(
-                    {"reference_step": reference, "step": step, "steps": step - reference + 1, "size": size}
-                    | {"intersection": count(self.intersections[reference])}
-                    | total
-                )
-            else:
-                self.intersections.pop(reference, None)
+            references[step] = codes
+        for reference, first in references.items():
+            found = {"other": codes, "same": again(reference) if step > reference else codes}
+            head = {"reference_step": reference, "step": step}
+            for batch, now in found.items():
+                members = now == 1
+                total = {"size": int(members.sum()), "active": int((now != 0).sum()), "parameters": len(now)}
+                if step > reference:
+                    both = (first != 0) & (now != 0)
+                    here, there, room = map(self.by_layer, (members & both, (first == 1) & both, both))
+                    row = head | {"lag": step - reference, "batch": batch, "reference_size": int((first == 1).sum())}
+                    row |= {"overlap": int((members & (first == 1)).sum())}
+                    overlaps.append(row | {"chance": _expected(here * there, room)} | total)
+                if step - reference < self.window:
+                    active = first != 0
+                    kept, share = running.get((reference, batch), (active, torch.ones(len(self.layers)).double()))
+                    room = self.by_layer(active)
+                    kept, share = kept & members, share * self.by_layer(members & active) / room.clamp_min(1)
+                    running[reference, batch] = kept, share
+                    row = head | {"steps": step - reference + 1, "batch": batch, "intersection": int(kept.sum())}
+                    intersections.append(row | {"chance": float((room * share).sum())} | total)
+                else:
+                    running.pop((reference, batch), None)
         return overlaps, intersections
 
 
-def threshold_row(pair: GradientPair) -> dict:
-    """Project 1: with k = the size of checkpoint 1, the k-th largest |g|, and how many of checkpoint 1 reach it."""
-    sizes, codes = pair.sizes(), pair.codes()
-    members = codes == 1
-    k, total = int(members.sum()), sizes.numel()
-    threshold = sizes.kthvalue(total - k + 1).values.item() if k else float("nan")
-    above = int((sizes[members] >= threshold).sum())
-    size = {"active": int((codes != 0).sum()), "parameters": total}
-    return {"threshold": threshold, "checkpoint1": k, "above": above} | size
+def _expected(product: Tensor, room: Tensor) -> float:
+    return float((product / room.clamp_min(1)).sum())
 
 
-def scan_rows(model: nn.Module, x: Tensor, y: Tensor, rhos: Iterable[float]) -> list[dict]:
+def threshold_row(pair: GradientPair) -> dict[str, Any]:
+    """Project 1: with k = the size of checkpoint 1, the k-th largest |g|, and how many of checkpoint 1 reach it.
+
+    `chance`: how many would if checkpoint 1 were as many of each layer's active parameters, at random.
+    """
+    k, total = int((pair.codes == 1).sum()), len(pair.codes)
+    threshold = pair.sizes.kthvalue(total - k + 1).values.item() if k else float("nan")
+    above, chance = 0, 0.0
+    for g, codes in zip(pair.g, pair.layer_codes, strict=True):
+        large, inside, active = g.flatten().abs() >= threshold, codes == 1, codes != 0
+        above += int((large & inside).sum())
+        chance += int((large & active).sum()) * int(inside.sum()) / max(1, int(active.sum()))
+    row = {"threshold": threshold, "checkpoint1": k, "above": above, "chance": chance}
+    return row | {"active": int((pair.codes != 0).sum()), "parameters": total}
+
+
+def scan_rows(model: nn.Module, x: Tensor, y: Tensor, rhos: Iterable[float]) -> list[dict[str, Any]]:
     """Codes on fixed weights and one batch over an increasing grid of rho: rows of the table `scan`, without epoch.
 
     `still` counts the parameters in checkpoint 1 at this rho and at every smaller one: what the second document calls
@@ -265,120 +218,158 @@ def scan_rows(model: nn.Module, x: Tensor, y: Tensor, rhos: Iterable[float]) -> 
     still: list[Tensor] | None = None
     for rho in rhos:
         pair = gradient_pair(model, x, y, rho)
-        codes = [checkpoint_codes(flat(a), flat(b)) for a, b in zip(pair.g, pair.g_sam, strict=True)]
-        still = [c == 1 if still is None else s & (c == 1) for s, c in zip(still or codes, codes, strict=True)]
-        for name, code, stays in zip(pair.names, codes, still, strict=True):
-            counts = torch.bincount(code.long(), minlength=5).tolist()
-            rows.append(
-                {"rho": rho, "layer": name, "kind": kinds[name], "parameters": code.numel()}
-                | dict(zip(CHECKPOINTS, counts, strict=True))
-                | {"still": int(stays.sum())}
-            )
+        inside = [codes == 1 for codes in pair.layer_codes]
+        still = inside if still is None else [a & b for a, b in zip(still, inside, strict=True)]
+        for name, codes, stays in zip(pair.names, pair.layer_codes, still, strict=True):
+            counts = dict(zip(CHECKPOINTS, torch.bincount(codes, minlength=5).tolist(), strict=True))
+            head = {"rho": rho, "layer": name, "kind": kinds[name], "parameters": len(codes)}
+            rows.append(head | counts | {"still": int(stays.sum())})
     return rows
 
 
-def prediction_rows(model: nn.Module, x: Tensor, y: Tensor, rhos: Iterable[float]) -> list[dict]:
+@torch.enable_grad()
+def prediction_rows(model: nn.Module, x: Tensor, y: Tensor, rhos: Iterable[float]) -> list[dict[str, Any]]:
     """How many codes the second-order prediction g' = g + rho H g / ||g|| gets right: rows of the table `prediction`.
 
-    One Hessian-vector product (Pearlmutter, 1994), in training mode as the codes themselves. `constant` is the share
-    that calling every parameter by the commonest code gets right.
+    One Hessian-vector product (Pearlmutter, 1994), in training mode as the codes themselves; once for the net as it is,
+    and once with softplus in place of ReLU at the same weights, which has no kinks. `constant` is the share that calling
+    every parameter by the commonest code gets right.
     """
-    with mode(model, training=True), frozen_statistics(model), full_precision():
-        g, _ = gradient(model, x, y, create_graph=True)
-        fixed = [t.detach() for t in g]
-        length = norm(fixed)
-        trainable = [(i, p) for i, p in enumerate(model.parameters()) if p.requires_grad]
-        dot = sum((t * f).sum() for t, f in zip(g, fixed, strict=True))
-        products = torch.autograd.grad(dot, [p for _, p in trainable], allow_unused=True)
-        hg = [torch.zeros_like(t) for t in fixed]
-        for (i, _), product in zip(trainable, products, strict=True):
-            if product is not None:
-                hg[i] = product
-        del g, dot
     rows = []
-    for rho in rhos:
-        true = gradient_pair(model, x, y, rho).codes()
-        scale = rho / length if length else 0.0
-        predicted = torch.cat([checkpoint_codes(flat(f), flat(f + scale * h)) for f, h in zip(fixed, hg, strict=True)])
-        commonest = torch.bincount(true.long(), minlength=5).max().item()
-        rows.append(
-            {"rho": rho, "right": (predicted == true).double().mean().item()}
-            | {"constant": commonest / true.numel(), "parameters": true.numel()}
-        )
+    for activation in ("relu", "softplus"):
+        with as_trained(model), softplus_for_relu(model) if activation == "softplus" else nullcontext():
+            g = gradients(model, cross_entropy(model(x), y), create_graph=True)
+            fixed = [t.detach() for t in g]
+            length = norm(fixed)
+            product = gradients(model, sum((t * f).sum() for t, f in zip(g, fixed, strict=True)))
+            del g
+            for rho in rhos:
+                true, scale = gradient_pair(model, x, y, rho).codes, rho / length if length else 0.0
+                linear = zip(fixed, product, strict=True)
+                predicted = torch.cat([checkpoint_codes(f, f + scale * h).flatten() for f, h in linear])
+                row = {"rho": rho, "activation": activation, "right": share(predicted == true)}
+                commonest = torch.bincount(true, minlength=5).max().item()
+                rows.append(row | {"constant": commonest / len(true), "parameters": len(true)})
     return rows
 
 
-def diagonal_rows(pair: GradientPair, mean: list[Tensor], error: list[Tensor]) -> tuple[list[dict], float]:
-    """The Hessian diagonal's estimate by checkpoint (table `diagonal`), and the rank correlation of its size with |g|.
-
-    mean and error: the estimate and its standard error, in the shapes of the parameters.
-    """
+def diagonal_rows(pair: GradientPair, diagonal: list[Tensor]) -> tuple[list[dict[str, Any]], float]:
+    """The Hessian's diagonal by checkpoint (table `diagonal`), and over the active parameters the rank correlation of
+    its size with |g|. diagonal: in the shapes of the parameters."""
     from scipy.stats import spearmanr  # half a second, which only this needs
 
-    codes = pair.codes().cpu().numpy()
-    value = torch.cat([flat(t.to(g.device)) for t, g in zip(_like(mean, pair.g), pair.g, strict=True)]).cpu().numpy()
-    noise = torch.cat([flat(t) for t in _like(error, pair.g)]).cpu().numpy()
+    codes, sizes = pair.codes.cpu().numpy(), pair.sizes.cpu().numpy()
+    value = torch.cat([t.flatten() for t in diagonal]).cpu().numpy()
     rows = []
     for code in range(5):
-        inside, spread = value[codes == code], noise[codes == code]
-        quantiles = np.quantile(inside, (0.05, 0.25, 0.5, 0.75, 0.95)).tolist() if len(inside) else [float("nan")] * 5
+        inside = value[codes == code]
+        quantiles = np.quantile(inside, (0.05, 0.25, 0.5, 0.75, 0.95)) if len(inside) else [float("nan")] * 5
+        row = {"checkpoint": code, "parameters": len(inside)}
+        row["mean"] = float(inside.mean(dtype=np.float64)) if len(inside) else float("nan")
         several = len(inside) > 1
-        rows.append(
-            {
-                "checkpoint": code,
-                "parameters": len(inside),
-                "mean": float(inside.mean()) if len(inside) else float("nan"),
-            }
-            | {"standard_error": float(inside.std(ddof=1) / len(inside) ** 0.5) if several else float("nan")}
-            | dict(zip(("q05", "q25", "median", "q75", "q95"), quantiles, strict=True))
-            | {"negative": float((inside < 0).mean()) if len(inside) else float("nan")}
-            | {"noise": float(np.median(spread)) if len(inside) else float("nan")}
-        )
-    sizes = pair.sizes().cpu().numpy()
-    constant = np.ptp(sizes) == 0 or np.ptp(np.abs(value)) == 0
-    return rows, float("nan") if constant else float(spearmanr(np.abs(value), sizes).statistic)
+        row["standard_error"] = float(inside.std(ddof=1) / len(inside) ** 0.5) if several else float("nan")
+        row |= dict(zip(("q05", "q25", "median", "q75", "q95"), map(float, quantiles), strict=True))
+        rows.append(row | {"zero": float((inside == 0).mean()) if len(inside) else float("nan")})
+    active = codes != 0
+    constant = not active.any() or np.ptp(sizes[active]) == 0 or np.ptp(value[active]) == 0
+    return rows, float("nan") if constant else float(spearmanr(np.abs(value[active]), sizes[active]).statistic)
 
 
-def _like(tensors: list[Tensor], models: list[Tensor]) -> list[Tensor]:
-    """The tensors in the memory order of their models, so that flat() puts both in one order."""
-    return [torch.empty_like(m).copy_(t) for t, m in zip(tensors, models, strict=True)]
-
-
+@torch.enable_grad()
 def convergence_rows(
-    model: nn.Module, x: Tensor, y: Tensor, pair: GradientPair, updates: list[Tensor], weight_decay: float, steps: int
-) -> list[dict]:
+    model: nn.Module,
+    batches: list[tuple[Tensor, Tensor]],
+    pair: GradientPair,
+    updates: list[Tensor],
+    weight_decay: float,
+    steps: int,
+) -> list[dict[str, Any]]:
     """Whether parameters have come to rest, by checkpoint: rows of the table `convergence`, without epoch and lr.
 
-    The gradient is the objective's, weight decay included. `updates`: lr x momentum buffer, a tensor a parameter;
-    `moving` is the share that `steps` such updates would move by over 1 % of the weight; `significant` the share whose
-    mean gradient over eight pieces of the sample differs from zero (t test, 5 %: what chance gives).
+    batches: the whole training set, at least two. t is the mean over them of the objective's gradient (weight decay
+    included) over its standard error. `significant` is the share with |t| > 2, `chance` that of a parameter at rest,
+    `detectable` the median gradient that would have been significant. `updates`: lr x momentum buffer, a tensor a
+    parameter; `moving` is the share that `steps` such updates would move by over 1 % of the weight.
     """
-    pieces = []
-    with mode(model, training=True), frozen_statistics(model), full_precision():
-        for part_x, part_y in zip(x.tensor_split(8), y.tensor_split(8), strict=True):
-            g, _ = gradient(model, part_x, part_y)
-            decayed = (a + weight_decay * p.detach() for a, p in zip(g, model.parameters(), strict=True))
-            pieces.append(torch.cat([flat(t) for t in decayed]))
-    stacked = torch.stack(pieces)  # (8, parameters)
-    mean, spread = stacked.mean(0), stacked.std(0) / len(pieces) ** 0.5
-    significant = mean.abs() > T_975_7 * spread
-    weights = torch.cat([flat(p.detach()).abs() for p in model.parameters()])
-    update = torch.cat([flat(t).abs() for t in _like(updates, list(model.parameters()))])
+    from scipy.stats import t as student
+
+    total, squares = (torch.zeros(len(pair.codes), dtype=torch.float64, device=pair.codes.device) for _ in "ab")
+    with as_trained(model):
+        for n, (x, y) in enumerate(batches, start=1):  # Welford: no cancellation
+            g = gradients(model, cross_entropy(model(x), y))
+            decayed = [(a + weight_decay * p.detach()).flatten() for a, p in zip(g, model.parameters(), strict=True)]
+            difference = torch.cat(decayed).double() - total
+            total += difference / n
+            squares += difference**2 * ((n - 1) / n)
+    gradient, error = total.abs(), (squares / (n * (n - 1))).sqrt()
+    weights = torch.cat([p.detach().flatten().abs() for p in model.parameters()])
+    update = torch.cat([t.flatten().abs() for t in updates])
     relative = update / weights.clamp_min(1e-12)
-    codes, rows = pair.codes(), []
+    sizes = {"gradient": gradient, "weight": weights, "update": update, "relative_update": relative}
+    rows = []
     for code in range(5):
-        inside = codes == code
-        size = int(inside.sum())
-
-        def median(values: Tensor, inside: Tensor = inside, size: int = size) -> float:
-            return values[inside].median().item() if size else float("nan")
-
-        def share(mask: Tensor, inside: Tensor = inside, size: int = size) -> float:
-            return mask[inside].double().mean().item() if size else float("nan")
-
-        rows.append(
-            {"checkpoint": code, "parameters": size, "gradient": median(mean.abs()), "weight": median(weights)}
-            | {"update": median(update), "relative_update": median(relative)}
-            | {"moving": share(relative * steps > 0.01), "significant": share(significant)}
-        )
+        inside = pair.codes == code
+        row = {"checkpoint": code, "parameters": int(inside.sum()), "batches": n}
+        row |= {"significant": share((gradient > 2 * error)[inside]), "chance": float(2 * student.sf(2, n - 1))}
+        row["detectable"] = _median(2 * error[inside])
+        row |= {name: _median(values[inside]) for name, values in sizes.items()}
+        rows.append(row | {"moving": share((relative * steps > 0.01)[inside])})
     return rows
+
+
+def share(mask: Tensor) -> float:
+    """The share of a bool tensor that is true; NaN of an empty one."""
+    return mask.double().mean().item()
+
+
+def _median(values: Tensor) -> float:
+    return values.median().item() if len(values) else float("nan")
+
+
+NOISE_SUMS = (
+    "parameters", "sets_direction", "g_l1", "g_flipped", "g_sam_l1", "g_sam_flipped", "flipped_l1", "flipped_sam_l1",
+    "clean_l1", "clean_sam_l1",
+)  # fmt: skip
+
+
+@torch.enable_grad()
+def noise_rows(
+    model: nn.Module, batches: list[tuple[Tensor, Tensor, Tensor]], rho: float
+) -> list[dict[str, Any]]:
+    """What images with flipped labels bring to g and to g', by checkpoint and kind of layer: rows of the table `noise`.
+
+    batches: images, labels and which labels are flipped, bool (batch,). Both parts of a gradient are over the whole
+    batch's size and with its BatchNorm statistics, so g = g_flipped + g_clean. Summed over parameters and batches:
+    `sets_direction`, how many have in g_flipped the larger part, of g's sign; `g_l1` = sum |g| and `g_flipped` =
+    sum sign(g) g_flipped, its share that flipped images bring (the rest is the clean images'); `flipped_l1` =
+    sum |g_flipped|; those with `sam` are of g', g'_flipped and g'_clean.
+    """
+    kinds = list(layer_kinds(model).values())
+    sums = {kind: torch.zeros(5, len(NOISE_SUMS), dtype=torch.float64) for kind in kinds}
+
+    def parts(x: Tensor, y: Tensor, flipped: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        losses = cross_entropy(model(x), y, reduction="none") / len(y)
+        return gradients(model, losses[flipped].sum(), retain_graph=True), gradients(model, losses[~flipped].sum())
+
+    for x, y, flipped in batches:
+        with as_trained(model):
+            here = parts(x, y, flipped)
+            with ascended(model, [a + b for a, b in zip(*here, strict=True)], rho):
+                there = parts(x, y, flipped)
+        for kind, *layer in zip(kinds, *here, *there, strict=True):
+            f, c, f_sam, c_sam = (t.flatten().double() for t in layer)
+            g, g_sam = f + c, f_sam + c_sam
+            sets = (f.sign() == g.sign()) & (f.abs() > c.abs())
+            along, along_sam = g.sign() * f, g_sam.sign() * f_sam
+            lengths = (t.abs() for t in (f, f_sam, c, c_sam))
+            columns = [torch.ones_like(g), sets.double(), g.abs(), along, g_sam.abs(), along_sam, *lengths]
+            codes = checkpoint_codes(g.to(x.dtype), g_sam.to(x.dtype)).long()
+            table = torch.zeros(5, len(columns), dtype=torch.float64, device=g.device)
+            sums[kind] += table.index_add_(0, codes, torch.stack(columns, 1)).cpu()
+    head = {"batches": len(batches), "images": sum(len(y) for _, y, _ in batches)}
+    head["flipped"] = int(sum(f.sum() for *_, f in batches))
+    return [
+        {"checkpoint": code, "kind": kind} | head | dict(zip(NOISE_SUMS, values, strict=True))
+        for kind, table in sums.items()
+        for code, values in enumerate(table.tolist())
+    ]

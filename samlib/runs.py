@@ -1,6 +1,6 @@
 """The run folder: its files, written whole or not at all; its lock; and finished runs as tables."""
 
-import csv
+import hashlib
 import io
 import json
 import os
@@ -9,9 +9,10 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from numbers import Number
 from typing import Any
 
 import filelock
@@ -21,8 +22,9 @@ import torch
 from samlib import PROJECT
 from samlib.config import RunConfig, UserError
 
-STATE_FORMAT = 1
+STATE_FORMAT = 2
 STATES = ("state.pt", "state.previous.pt")
+DIGEST = hashlib.sha256().digest_size  # bytes at the end of a state file, of all that comes before
 # What a run measures, one CSV a subject; a run has those that its configuration asks for.
 TABLES = (
     "metrics",
@@ -31,6 +33,7 @@ TABLES = (
     "overlaps",
     "intersections",
     "thresholds",
+    "noise",
     "sharpness",
     "hessian",
     "diagonal",
@@ -70,31 +73,6 @@ def _free(path: Path) -> int:
         return 0
 
 
-class Table:
-    """Rows of one CSV file, all with the same columns; kept as the lines they are written as."""
-
-    def __init__(self, lines: list[str] | None = None) -> None:
-        self.header = lines[0] if lines else ""
-        self.rows = lines[1:] if lines else []
-        self.written = len(self.rows)
-
-    def append(self, row: dict[str, Any]) -> None:
-        header = _line(row)
-        if self.header and header != self.header:
-            raise ValueError(f"a row has the columns {header}, the table {self.header}")
-        self.header = header
-        self.rows.append(_line(row.values()))
-
-    def content(self) -> bytes:
-        return "".join(line + "\r\n" for line in [self.header, *self.rows]).encode()
-
-
-def _line(cells: Iterable) -> str:
-    buffer = io.StringIO()
-    csv.writer(buffer).writerow([repr(c) if isinstance(c, float) else c for c in cells])
-    return buffer.getvalue()[:-2]
-
-
 class Run:
     """One training on disk: `root/<run id>/`. It is done when, and only when, its summary.json is there."""
 
@@ -102,7 +80,8 @@ class Run:
         self.config = config
         self.root = Path(root)
         self.folder = self.root / config.run_id
-        self.tables: dict[str, Table] = {}
+        self.rows: dict[str, list[dict[str, Any]]] = {}  # of every table
+        self.written: dict[str, int] = {}  # how many of them its file holds
 
     @property
     def id(self) -> str:
@@ -114,11 +93,13 @@ class Run:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """The content of summary.json. Raises UserError where there is none or it cannot be read."""
-        return _read_json(self.folder / "summary.json")
+        """The content of summary.json. Raises UserError where there is none, or it or config.json cannot be used."""
+        _origin(self.folder)
+        return _summary(self.folder)
 
     def table(self, name: str) -> pd.DataFrame:
         """The rows of `<name>.csv`; no rows where the run has no such table."""
+        _origin(self.folder)
         path = self.folder / f"{name}.csv"
         return _read_table(path) if path.exists() else pd.DataFrame()
 
@@ -152,10 +133,12 @@ class Run:
         finally:
             lock.release()
 
-    def write_config(self) -> None:
+    def write_config(self, fingerprint: str) -> None:
+        """config.json; fingerprint: of the data that the run is trained and tested on."""
         origin = {
             "run_id": self.id,
             "config": self.config.model_dump(mode="json"),
+            "data": fingerprint,
             "git_commit": _git_commit(),
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]] if sys.argv else [],
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
@@ -163,77 +146,77 @@ class Run:
         }
         write_atomic(self.folder / "config.json", json.dumps(origin, indent=1).encode())
 
-    def append(self, name: str, rows: dict[str, Any] | Iterable[dict[str, Any]]) -> None:
-        table = self.tables.setdefault(name, Table())
-        for row in [rows] if isinstance(rows, dict) else rows:
+    def append(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
+        """Rows for a table. Raises ValueError for a row of other columns than the rows before it."""
+        table = self.rows.setdefault(name, [])
+        for row in rows:
+            if table and row.keys() != table[0].keys():
+                raise ValueError(f"{name}: a row has the columns {list(row)}, the table {list(table[0])}")
             table.append(row)
 
     def write_tables(self) -> None:
-        for name, table in self.tables.items():
-            if table.written != len(table.rows):
-                write_atomic(self.folder / f"{name}.csv", table.content())
-                table.written = len(table.rows)
+        for name, rows in self.rows.items():
+            if rows and self.written.get(name) != len(rows):
+                write_atomic(self.folder / f"{name}.csv", pd.DataFrame(rows).to_csv(index=False).encode())
+                self.written[name] = len(rows)
 
     def save_state(self, state: dict[str, Any]) -> None:
-        """Tables first, then the state, which says how many of their rows are its own; the state before is kept."""
+        """The state with the rows of all tables, and a digest after it; the state before is kept."""
         self.write_tables()
-        rows = {name: len(table.rows) for name, table in self.tables.items()}
         buffer = io.BytesIO()
-        torch.save({"format": STATE_FORMAT, "run_id": self.id, "rows": rows, **state}, buffer)
+        torch.save({"format": STATE_FORMAT, "run_id": self.id, "rows": self.rows, **state}, buffer)
         newest, previous = (self.folder / name for name in STATES)
         incoming = self.folder / "state.incoming.pt"
-        write_atomic(incoming, buffer.getvalue())
+        content = buffer.getvalue()
+        write_atomic(incoming, content + hashlib.sha256(content).digest())
         if newest.exists():
             os.replace(newest, previous)
         os.replace(incoming, newest)
 
-    def load_state(self, device: torch.device | str = "cpu") -> dict[str, Any] | None:
-        """The newest state that is whole, with the tables cut back to it; None where the run starts anew.
+    def load_state(self, use: Callable[[dict[str, Any]], None], fingerprint: str, device: Any = "cpu") -> bool:
+        """Calls `use` with the newest state that is whole and of these data; whether there was one.
 
-        One that cannot be used is set aside, with a warning that says why.
+        One that cannot be used, or that `use` does not take, is set aside, with a warning that says why. Afterwards the
+        tables hold the rows of the state, and none where there was no state.
         """
-        self.tables = {}
         found = False
+        self.rows, self.written = {}, {}
         for name in STATES:
             path = self.folder / name
             if not path.exists():
                 continue
             found = True
             try:
-                state = torch.load(path, map_location=device, weights_only=True)
+                content = path.read_bytes()
+                content, digest = content[:-DIGEST], content[-DIGEST:]
+                if hashlib.sha256(content).digest() != digest:
+                    raise ValueError("it is damaged, or of another version")
+                state = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
                 if not isinstance(state, dict) or state.get("format") != STATE_FORMAT:
                     raise ValueError("it is of another version")
                 if state.get("run_id") != self.id:
                     raise ValueError(f"it belongs to {state.get('run_id')}")
-                tables = {table: self._cut_table(table, count) for table, count in state["rows"].items()}
-            except Exception as error:  # torch.load raises whatever a broken pickle or archive provokes
+                if state.get("data") != fingerprint:
+                    raise ValueError("the data have changed since the run was started")
+                use(state)
+            except Exception as error:  # torch raises whatever a broken pickle or archive provokes
                 aside = path.with_suffix(".unusable")
                 os.replace(path, aside)
                 warnings.warn(
                     f"{path} cannot be used ({_first_line(error)}); it is set aside as {aside.name}", stacklevel=2
                 )
                 continue
-            self.tables = tables
-            return state
+            self.rows = state["rows"]
+            return True
         if found:
             warnings.warn(f"{self.folder} has no state left that can be used: the run starts anew", stacklevel=2)
-        return None
-
-    def _cut_table(self, name: str, count: int) -> Table:
-        if not count:  # none yet, so perhaps no file
-            return Table()
-        lines = (self.folder / f"{name}.csv").read_bytes().decode().split("\r\n")[:-1]  # whole ones
-        if len(lines) < count + 1:
-            raise ValueError(f"{name}.csv holds {len(lines) - 1} of its {count} rows")
-        table = Table(lines[: count + 1])
-        table.written = -1 if len(lines) != count + 1 else count
-        return table
+        return False
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Writes the tables, then summary.json, which makes the run done, and removes what only resuming needed."""
         self.write_tables()
         for name in TABLES:  # rows of an attempt whose state was lost
-            if name not in self.tables:
+            if not self.rows.get(name):
                 (self.folder / f"{name}.csv").unlink(missing_ok=True)
         write_atomic(self.folder / "summary.json", json.dumps(summary, indent=1).encode())
         self.clear_states()
@@ -268,6 +251,25 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def _origin(folder: Path) -> dict[str, Any]:
+    """What config.json says. Raises UserError where the folder is not that of the run whose files it holds."""
+    origin = _read_json(folder / "config.json")
+    if not isinstance(origin.get("config"), dict):
+        raise UserError(f"{folder} is not a run of this project; move it away, or remove it and run it again")
+    if origin.get("run_id") != folder.name:
+        raise UserError(f"{folder} holds the run {origin.get('run_id')!r:.200}; rename the folder to that, or remove it")
+    return origin
+
+
+def _summary(folder: Path) -> dict[str, Any]:
+    summary = _read_json(folder / "summary.json")
+    texts = {"status", "device_name"}
+    numbers = (value for name, value in summary.items() if name not in texts)
+    if summary.get("status") not in ("done", "diverged") or not all(isinstance(v, Number | None) for v in numbers):
+        raise UserError(f"{folder / 'summary.json'} is not the summary of a run; remove its folder and run it again")
+    return summary
+
+
 def _read_table(path: Path) -> pd.DataFrame:
     try:
         frame = pd.read_csv(path, float_precision="round_trip")
@@ -300,10 +302,7 @@ def load_runs(root: str | Path = "runs/local", ids: Iterable[str] | None = None)
     default = RunConfig().model_dump(mode="json")
     rows = []
     for folder in folders:
-        origin, summary = _read_json(folder / "config.json"), _read_json(folder / "summary.json")
-        if not isinstance(origin.get("config"), dict) or "status" not in summary:
-            raise UserError(f"{folder} is not a run of this project; move it away, or remove it and run it again")
-        rows.append({"run": folder.name, **default, **origin["config"], **summary})
+        rows.append({"run": folder.name, **default, **_origin(folder)["config"], **_summary(folder)})
     frame = pd.DataFrame(rows, columns=None if rows else ["run", *default, "status"]).set_index("run")
     return frame
 
@@ -319,7 +318,8 @@ def load_table(name: str, root: str | Path = "runs/local", ids: Iterable[str] | 
     if ids is not None:
         wanted = set(ids)
         folders = [folder for folder in folders if folder.name in wanted]
-    frames = {folder.name: _read_table(path) for folder in folders if (path := folder / f"{name}.csv").exists()}
+    paths = {folder.name: folder / f"{name}.csv" for folder in folders if _origin(folder)}
+    frames = {run: _read_table(path) for run, path in paths.items() if path.exists()}
     if not frames:
         return pd.DataFrame(columns=["run"])
     return pd.concat(frames, names=["run", None]).reset_index(level=0).reset_index(drop=True)

@@ -6,8 +6,12 @@ w + rho g / ||g|| (g'):
                      |g'| >= |g|   |g'| < |g|
     same sign             1            2
     opposite sign         3            4          and 0, inactive, where g or g' is exactly zero
+
+Beside the second document's own code: its optimizer for "checkpoint14" applies its mask inverted and is checkpoint23
+here, and its classes SAMMAGNITUDE and SAMDIRECTION carry each other's names; all its other rules are these.
 """
 
+import random
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -16,37 +20,45 @@ from inspect import unwrap
 
 import torch
 from torch import Tensor
-from torch.optim.sgd import sgd
-
-from samlib.compiled import compiled
 
 ONES, ZEROS = (1.0,) * 4, (0.0,) * 4
-ROW = 4096  # elements whose squares are summed one after the other
-SMALL = 1 << 12  # elements up to which a tensor's own calls cost more than its arithmetic
+CONTROLS = ("shuffled", "rescaled", "length")
 
 
 @dataclass(frozen=True)
 class Mix:
     """The rule d = sum_k [checkpoint = k] (a_k g' + b_k g) that turns (g, g') into the update direction.
 
-    Inactive parameters (checkpoint 0) take a_1 g' + b_1 g.
+    Inactive parameters (checkpoint 0) take a_1 g' + b_1 g. A control, before the name, asks why a mix does what it does:
+    shuffled permutes the checkpoints of each tensor's active parameters at random, rescaled takes d ||g|| / ||d||, length
+    takes g ||d|| / ||g||, with norms over all parameters of a group.
 
     >>> Mix.parse("checkpoint134")
-    Mix(name='checkpoint134', a=(1.0, 0.0, 1.0, 1.0), b=(0.0, 1.0, 0.0, 0.0))
-    >>> Mix.parse("gain1x2").b
+    Mix(name='checkpoint134', a=(1.0, 0.0, 1.0, 1.0), b=(0.0, 1.0, 0.0, 0.0), control='')
+    >>> Mix.parse("shuffled-gain1x2").b
     (2.0, 1.0, 1.0, 1.0)
     """
 
     name: str = field(compare=False)
     a: tuple[float, ...]  # four numbers, on g'
     b: tuple[float, ...]  # four numbers, on g
+    control: str = ""  # or one of CONTROLS
 
     @classmethod
     def parse(cls, name: str) -> "Mix":
-        """sgd, sam, magnitude, direction, checkpoint<subset of 1234>, scale<class>x<factor> or gain<class>x<factor>.
+        """sgd, sam, magnitude, direction, checkpoint<subset of 1234>, scale<class>x<factor>, gain<class>x<factor>, or a
+        control before one of them: shuffled-<mix>, rescaled-<mix>, length-<mix>. scale2x0.5 is SANER (arXiv 2411.17132).
 
-        Raises ValueError for anything else.
+        Raises ValueError for anything else, and for a control that would change nothing.
         """
+        control, dash, rest = name.partition("-")
+        if dash and control in CONTROLS:
+            mix = cls.parse(rest)
+            if mix.control or (mix.a, mix.b) == (ZEROS, ONES):
+                raise ValueError(f"mix {name!r}: {control} is a control of a mix that is neither sgd nor a control")
+            if control == "shuffled" and len(set(zip(mix.a, mix.b, strict=True))) == 1:
+                raise ValueError(f"mix {name!r}: {rest} treats all checkpoints alike, so shuffling them changes nothing")
+            return cls(name, mix.a, mix.b, control)
         fixed = {
             "sgd": (ZEROS, ONES),
             "sam": (ONES, ZEROS),
@@ -55,10 +67,9 @@ class Mix:
         }
         if name in fixed:
             return cls(name, *fixed[name])
-        if match := re.fullmatch(r"checkpoint(1?2?3?4?)", name):
-            if classes := match[1]:
-                a = tuple(float(k in classes) for k in "1234")
-                return cls(name, a, tuple(1.0 - x for x in a))
+        if (match := re.fullmatch(r"checkpoint(1?2?3?4?)", name)) and match[1]:
+            a = tuple(float(k in match[1]) for k in "1234")
+            return cls(name, a, tuple(1.0 - x for x in a))
         if match := re.fullmatch(r"(scale|gain)([1-4])x([0-9]+(?:\.[0-9]+)?)", name):
             factor = float(match[3])
             if factor <= 1e6:
@@ -66,8 +77,14 @@ class Mix:
                 return cls(name, scaled, ZEROS) if match[1] == "scale" else cls(name, ZEROS, scaled)
         raise ValueError(
             f"mix {name!r} is unknown; known are sgd, sam, magnitude, direction, checkpoint followed by some of 1234 "
-            "in order (checkpoint134), scale<class>x<factor> and gain<class>x<factor> with a factor up to 1e6 (gain1x2)"
+            "in order (checkpoint134), scale<class>x<factor> and gain<class>x<factor> with a factor up to 1e6 (gain1x2), "
+            "and shuffled-, rescaled- or length- before one of them"
         )
+
+    def warmed(self, progress: float) -> "Mix":
+        """The mix on the way from SAM's eight numbers (progress 0) to its own (1), linearly."""
+        a, b = ((t + progress * (x - t) for x in side) for t, side in ((1.0, self.a), (0.0, self.b)))
+        return self if progress == 1 else Mix(self.name, tuple(a), tuple(b), self.control)
 
     @property
     def second_pass(self) -> bool:
@@ -76,26 +93,26 @@ class Mix:
 
     @property
     def needs_g(self) -> bool:
-        """Whether the update depends on g beside g': directly, or through a parameter's checkpoint."""
-        return (self.a, self.b) != (ONES, ZEROS)
+        """Whether the update depends on g beside g': directly, through a parameter's checkpoint, or its norm."""
+        return bool(self.control) or (self.a, self.b) != (ONES, ZEROS)
 
-
-# Whether a class is in a subset of {2, 3, 4}, from g' as it lies along g (negative where the signs differ, zero where
-# either is zero) and |g'| < |g|. Comparisons are what costs here: one or two of them each.
-_MEMBERSHIP: dict[frozenset[int], Callable[[Tensor, Tensor], Tensor]] = {
-    frozenset({2}): lambda along, smaller: (along > 0) & smaller,
-    frozenset({3}): lambda along, smaller: (along < 0) & ~smaller,
-    frozenset({4}): lambda along, smaller: (along < 0) & smaller,
-    frozenset({2, 3}): lambda along, smaller: ((along < 0) ^ smaller) & (along != 0),
-    frozenset({2, 4}): lambda along, smaller: smaller & (along != 0),
-    frozenset({3, 4}): lambda along, smaller: along < 0,
-    frozenset({2, 3, 4}): lambda along, smaller: (along < 0) | (smaller & (along != 0)),
-}
+    def direction(self, g: Tensor, g_sam: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """d of one tensor, before any rescaling; g and g_sam are of one shape. generator: of the shuffled control."""
+        weights = list(zip(self.a, self.b, strict=True))
+        d = _weighted(g, g_sam, *weights[0])
+        others = set(weights) - {weights[0]}
+        if others:
+            codes = checkpoint_codes(g, g_sam)
+            if self.control == "shuffled":
+                codes = _shuffled(codes, generator)
+        for other in others:
+            members = [codes == k for k in (2, 3, 4) if weights[k - 1] == other]
+            d = torch.where(sum(members[1:], members[0]), _weighted(g, g_sam, *other), d)
+        return d
 
 
 def checkpoint_codes(g: Tensor, g_sam: Tensor) -> Tensor:
-    """The checkpoint of every parameter, 0 to 4, decided exactly: no division, no epsilon, no product
-    but that of the signs.
+    """The checkpoint of every parameter, 0 to 4, decided exactly: no division, no epsilon, no product but of signs.
 
     g and g_sam have one shape; so has the result (uint8). A NaN in either belongs to no class and gives 0.
     Source: the four cases of "Geometry SAM", with the ties and zeros that a ratio leaves open put in 1, 3 and 0.
@@ -111,87 +128,30 @@ def checkpoint_codes(g: Tensor, g_sam: Tensor) -> Tensor:
     return ((2 - signs + smaller.to(signs.dtype)) * signs.abs()).to(torch.uint8)
 
 
-def flat(tensor: Tensor) -> Tensor:
-    """The elements as one dimension in memory order, without a copy where the layout is dense."""
-    if tensor.dim() == 4 and not tensor.is_contiguous():
-        tensor = tensor.permute(0, 2, 3, 1)  # channels_last
-    return tensor.reshape(-1)
-
-
-def flat_view(tensor: Tensor) -> Tensor:
-    """flat(tensor), of the same memory; the tensor itself where its layout has no such view, as a transposed matrix.
-
-    Detached: torch.compile would look at what it is a view of.
-    """
-    view = flat(tensor)
-    return (view if view.data_ptr() == tensor.data_ptr() else tensor).detach()
-
-
-def laid_out(tensor: Tensor, model: Tensor) -> Tensor:
-    """The tensor in the memory layout of its model; itself where it has it."""
-    return tensor if tensor.stride() == model.stride() else torch.empty_like(model).copy_(tensor)
-
-
-def chunks(*tensors: Tensor, size: int = 1 << 16) -> Iterable[tuple[Tensor, ...]]:
-    """Flat tensors of one length, piece by piece: on a CPU a piece's temporaries stay in its cache."""
-    if tensors[0].device.type != "cpu":
-        return [tensors]
-    return zip(*(tensor.split(size) for tensor in tensors), strict=True)
-
-
-def total_norm(tensors: list[Tensor]) -> Tensor:
-    """The Euclidean norm over all elements of all tensors, a scalar on the first one's device.
-
-    On a CPU in rows of ROW elements: torch's own norm of one tensor runs on one core, and adds up all of its squares
-    in its own precision, which float32 does not bear well for the millions of a layer.
-    """
-    if not tensors or any(t.device.type != "cpu" for t in tensors):
-        return torch.nn.utils.get_total_norm(tensors)
-    parts, short = [], []
-    for tensor in map(flat, tensors):
-        whole = tensor.numel() // ROW * ROW
-        if whole:
-            parts.append(torch.linalg.vector_norm(tensor[:whole].view(-1, ROW), dim=1))
-        if whole < tensor.numel() or not whole:
-            short.append(tensor[whole:])
-    return torch.linalg.vector_norm(torch.cat([*parts, torch.stack(torch._foreach_norm(short))] if short else parts))
-
-
 def _weighted(g: Tensor, g_sam: Tensor, a: float, b: float) -> Tensor:
     terms = [x if c == 1 else c * x for c, x in ((a, g_sam), (b, g)) if c]
     return sum(terms[1:], terms[0]) if terms else torch.zeros_like(g)
 
 
-def mix_gradients_(g: Tensor, g_sam: Tensor, mix: Mix) -> None:
-    """Overwrites g_sam with sum_k [checkpoint = k] (a_k g_sam + b_k g); both of one shape."""
-    classes: dict[tuple[float, float], set[int]] = {}
-    for k, weights in enumerate(zip(mix.a, mix.b, strict=True), start=1):
-        classes.setdefault(weights, set()).add(k)
-    first, *others = classes.items()  # the first holds class 1, which inactive parameters follow
-    d = _weighted(g, g_sam, *first[0])
-    if others:
-        along = g.sign() * g_sam  # exact, and zero for inactive parameters
-        smaller = g_sam.abs() < g.abs()
-        for weights, members in others:
-            mask = _MEMBERSHIP[frozenset(members)](along, smaller)
-            d = torch.where(mask, _weighted(g, g_sam, *weights), d)
-    if d is not g_sam:
-        g_sam.copy_(d)
-
-
-# torch decorates these for its compiler, and the decorators import it: seconds, in every process, for nothing here.
-_add_param_group = unwrap(torch.optim.SGD.add_param_group)
-_zero_grad = unwrap(torch.optim.SGD.zero_grad)
+def _shuffled(codes: Tensor, generator: torch.Generator | None) -> Tensor:
+    active = codes != 0
+    members = codes[active]
+    order = torch.randperm(len(members), generator=generator, device=codes.device)
+    return codes.masked_scatter(active, members[order])
 
 
 @lru_cache
-def _parse(name: str) -> Mix:
-    return Mix.parse(name)
+def _mix(name: str, progress: float = 1.0) -> Mix:
+    return Mix.parse(name).warmed(progress)
 
 
-@lru_cache
-def _compiled_mix(mix: Mix) -> Callable[[Tensor, Tensor], None]:
-    return compiled(lambda g, g_sam: mix_gradients_(g, g_sam, mix), dynamic=True)
+def _scale(numerator: Tensor | float, norm: Tensor) -> Tensor:
+    """numerator / norm as a scalar tensor, 0 where the norm is, and finite."""
+    return torch.where(norm > 0, numerator / norm, 0.0).clamp(max=torch.finfo(norm.dtype).max)
+
+
+def _laid_out(tensor: Tensor, model: Tensor) -> Tensor:
+    return tensor if tensor.stride() == model.stride() else torch.empty_like(model).copy_(tensor)
 
 
 class SAM(torch.optim.SGD):
@@ -208,16 +168,19 @@ class SAM(torch.optim.SGD):
     second pass should not move BatchNorm's running statistics: see `samlib.models.frozen_statistics`.
 
     The perturbation uses the gradient of the loss alone; weight decay joins in the update. A zero gradient perturbs
-    nothing. Between the half-steps `p.data` of a parameter that moved is other memory; the weights themselves lie
-    untouched, and come back as they were. rho = 0 with mix "sam" is torch's SGD(fused=True), to the bit. Parameters
-    without a gradient stay as they are; one that has a gradient in only one of the passes counts as zero in the other.
-    `rho` and `mix` are settings of a parameter group, as `lr` is. Memory beyond SGD's: one copy of the parameters, and
-    one of the gradients for a mix that needs g.
+    nothing. rho = 0 with mix "sam" is torch's SGD(fused=True), to the bit. Parameters without a gradient stay as they
+    are; one that has a gradient in only one of the passes counts as zero in the other. An exception inside
+    `step(closure)`, and `load_state_dict` between the half-steps, put the weights back; `restore()` does so by hand.
 
     params: tensors or parameter groups; lr, momentum, weight_decay: as torch.optim.SGD; rho: radius, in the units of
-    the weights, at least 0; mix: a name that `Mix.parse` takes; compile: compute masks in one compiled pass.
+    the weights, at least 0; mix: a name that `Mix.parse` takes; seed: of the shuffled control, whose permutations follow
+    from it and the number of the step. rho, mix, and `mix_progress` (see `Mix.warmed`), are settings of a parameter
+    group, as lr is. Memory beyond SGD's: one copy of the parameters, and one of the gradients for a mix that needs g.
     Raises ValueError for a value out of range and RuntimeError for half-steps out of order.
     """
+
+    _weights: dict[Tensor, Tensor] | None = None  # between the half-steps: w of the parameters that had a gradient
+    _gradients: dict[Tensor, Tensor] | None = None  # and g of those whose mix needs it
 
     def __init__(
         self,
@@ -227,147 +190,102 @@ class SAM(torch.optim.SGD):
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         mix: str = "sam",
-        *,
-        compile: bool = False,
+        seed: int = 0,
     ) -> None:
-        self._group_defaults = {"rho": rho, "mix": mix}
-        self._compile = compile
-        self._spare: dict[Tensor, Tensor] = {}  # where the ascent point is, allocated once
-        self._gradients: dict[Tensor, Tensor] = {}  # g, kept between the half-steps where the mix needs it
-        self._seen: list[Tensor] | None = None  # between the half-steps: parameters that had a gradient
-        self._ascended: list[tuple[Tensor, Tensor]] = []  # and the weights of those of them that moved
+        self._more_defaults = {"rho": rho, "mix": mix, "mix_progress": 1.0, "seed": seed, "steps": 0}
         super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
 
     def add_param_group(self, param_group: dict) -> None:
-        group = {**self._group_defaults, **param_group}
-        _parse(group["mix"])
+        self.defaults |= vars(self).pop("_more_defaults", {})
+        group = self.defaults | param_group
+        _mix(group["mix"])
         if not 0 <= group["rho"] < float("inf"):
             raise ValueError(f"rho is {group['rho']!r}: it must be a finite number of at least 0")
-        _add_param_group(self, group)
-        group = self.param_groups[-1]
-        if all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in group["params"]):
-            group["fused"] = True
+        super().add_param_group(param_group)
+        params = self.param_groups[-1]["params"]
+        self.param_groups[-1]["fused"] = all(
+            p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in params
+        )
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        _zero_grad(self, set_to_none)
-
-    def __getstate__(self) -> dict:
-        return super().__getstate__() | {"_group_defaults": self._group_defaults, "_compile": self._compile}
-
-    def __setstate__(self, state: dict) -> None:  # also what load_state_dict calls: a loaded state lies between steps
+    def __setstate__(self, state: dict) -> None:  # also what load_state_dict calls
+        self.restore()
         super().__setstate__(state)
-        self._spare, self._gradients, self._seen, self._ascended = {}, {}, None, []
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Between the half-steps, puts the weights back as they were before the first; elsewhere does nothing."""
+        for p, weights in (self._weights or {}).items():
+            p.copy_(weights)
+        self._weights = self._gradients = None
 
     @torch.no_grad()
     def first_step(self) -> None:
         """Moves the weights to the ascent point and clears the gradients. Call after the first backward pass."""
-        if self._seen is not None:
+        if self._weights is not None:
             raise RuntimeError("first_step was called twice: call second_step after the second backward pass")
-        groups = [(g, [p for p in g["params"] if p.grad is not None]) for g in self.param_groups]
-        seen = [p for _, params in groups for p in params]
-        norm = total_norm([p.grad for p in seen])
+        groups = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
+        norm = torch.nn.utils.get_total_norm([p.grad for _, params in groups for p in params])
+        self._weights = {p: p.clone() for _, params in groups for p in params}
+        self._gradients = {}
         for group, params in groups:
-            if params and group["rho"] > 0:
-                self._ascend(params, group["rho"], norm)
-            if _parse(group["mix"]).needs_g:
-                self._gradients.update({p: p.grad for p in params})
+            if _mix(group["mix"], group["mix_progress"]).needs_g:
+                self._gradients |= {p: p.grad.clone() for p in params}  # .grad may be a buffer of somebody else's
+            if group["rho"] > 0:
+                scale = _scale(group["rho"], norm)
+                for p in params:
+                    p.addcmul_(p.grad, scale.to(p))
         self.zero_grad(set_to_none=True)
-        self._seen = seen
 
     @torch.no_grad()
     def second_step(self) -> None:
         """Puts the weights back and updates them along the mix. Call after the second backward pass."""
-        if self._seen is None:
+        if self._weights is None:
             raise RuntimeError("second_step was called without first_step")
-        for p, weights in self._ascended:
-            p.data = weights
-        self._ascended.clear()
-        for p in self._seen:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
+        seen, gradients = self._weights, self._gradients
+        self.restore()
         for group in self.param_groups:
-            mix = _parse(group["mix"])
+            for p in group["params"]:
+                if p.grad is None and p in seen:
+                    p.grad = torch.zeros_like(p)
+            mix = _mix(group["mix"], group["mix_progress"])
             if mix.needs_g:
-                self._mix_(group["params"], mix)
-        self._gradients.clear()
-        self._seen = None
+                self._mix([p for p in group["params"] if p.grad is not None], gradients, mix, group)
+            group["steps"] += 1
         self._update()
-        self._opt_called = True  # what a learning rate schedule looks for
 
-    def _ascend(self, params: list[Tensor], rho: float, norm: Tensor) -> None:
-        """Puts w + rho g / norm in the weights' place, in memory of its own; nothing where the norm is zero."""
-        if norm.device.type == "cpu" and not norm > 0:
-            return
-        spare = [self._spare.get(p) for p in params]
-        if any(room is None for room in spare):
-            spare = [torch.empty_like(p) if room is None else room for p, room in zip(params, spare, strict=True)]
-            self._spare.update(zip(params, spare, strict=True))
-        if norm.device.type == "cpu":  # one pass over the memory, which is what the time is spent on
-            alpha = min(rho / norm.item(), torch.finfo(torch.float32).max)
-            for p, room in zip(params, spare, strict=True):
-                torch.add(p, p.grad, alpha=alpha, out=room)
-        else:  # few kernels, and nothing that waits for the norm
-            torch._foreach_copy_(spare, [p.grad for p in params])
-            scale = torch.where(norm > 0, rho / norm, 0.0).clamp(max=torch.finfo(norm.dtype).max)
-            torch._foreach_mul_(spare, scale)
-            torch._foreach_add_(spare, params)
-        # No weight is copied or computed: all come back as they were.
-        for p, room in zip(params, spare, strict=True):
-            self._ascended.append((p, p.data))
-            p.data = room
+    def _mix(self, params: list[Tensor], gradients: dict[Tensor, Tensor], mix: Mix, group: dict) -> None:
+        generator = None
+        if mix.control == "shuffled" and params:
+            seed = random.Random(f"{group['seed']} {group['steps']}").getrandbits(63)
+            generator = torch.Generator(params[0].device).manual_seed(seed)
+        g = [gradients[p] if p in gradients else torch.zeros_like(p) for p in params]
+        d = [mix.direction(a, p.grad, generator) for a, p in zip(g, params, strict=True)]
+        if mix.control in ("rescaled", "length") and params:
+            along, other = (d, g) if mix.control == "rescaled" else (g, d)
+            scale = _scale(torch.nn.utils.get_total_norm(other), torch.nn.utils.get_total_norm(along))
+            d = [t * scale.to(t) for t in along]
+        for p, t in zip(params, d, strict=True):
+            p.grad = t
+
+    # SGD's rule without torch's wrappers, which would call the hooks of a step a second time.
+    _sgd: Callable = unwrap(torch.optim.SGD.step)
 
     @torch.no_grad()
     def _update(self) -> None:
-        """SGD's step. Its fused kernel wants one memory layout for all of a parameter's tensors, and momentum buffers
-        for all parameters of a group or none; what is not contiguous, as channels_last, it copies: hence flat views."""
-        for group in self.param_groups:
-            params, grads, buffers = [], [], []
+        for group in self.param_groups:  # the fused rule wants one memory layout a parameter, and all buffers or none
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                p.grad = laid_out(p.grad, p)
-                view = (lambda t: t) if p.is_contiguous() else flat_view
-                params.append(view(p))
-                grads.append(view(p.grad))
+                p.grad = _laid_out(p.grad, p)
                 if group["momentum"]:
-                    state = self.state[p]
-                    buffer = state.get("momentum_buffer")
-                    state["momentum_buffer"] = torch.zeros_like(p) if buffer is None else laid_out(buffer, p)
-                    buffers.append(view(state["momentum_buffer"]))
-            names = ("weight_decay", "momentum", "lr", "dampening", "nesterov", "maximize", "foreach", "fused")
-            scaling = {name: getattr(self, name, None) for name in ("grad_scale", "found_inf")}  # of a GradScaler
-            sgd(params, grads, buffers, **{name: group[name] for name in names}, **scaling)
-
-    def _mix_(self, params: list[Tensor], mix: Mix) -> None:
-        small: dict[tuple, list[tuple[Tensor, Tensor]]] = {}
-        for p in params:
-            g = self._gradients.get(p)
-            if g is None and p.grad is None:
-                continue
-            if g is None:
-                g = torch.zeros_like(p.grad)
-            if p.grad is None:
-                p.grad = torch.zeros_like(g)
-            g = laid_out(g, p.grad)
-            pair = flat_view(g), flat_view(p.grad)
-            if pair[1].dim() != 1:
-                mix_gradients_(*pair, mix)
-            elif p.numel() <= SMALL:
-                small.setdefault((p.device, p.dtype), []).append(pair)
-            elif self._compile:
-                _compiled_mix(mix)(*pair)
-            else:
-                for piece in chunks(*pair):
-                    mix_gradients_(*piece, mix)
-        for pairs in small.values():
-            g, g_sam = (torch.cat(side) for side in zip(*pairs, strict=True))
-            mix_gradients_(g, g_sam, mix)
-            views = [view for _, view in pairs]
-            torch._foreach_copy_(views, g_sam.split([view.numel() for view in views]))
+                    buffer = self.state[p].get("momentum_buffer")
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p) if buffer is None else _laid_out(buffer, p)
+        self._sgd()
+        self._opt_called = True  # what a learning rate schedule looks for
 
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
         """Both half-steps around a closure. Only plain SGD (mix "sgd" in every group) can step without one."""
-        second_pass = any(_parse(group["mix"]).second_pass for group in self.param_groups)
+        second_pass = any(_mix(group["mix"], group["mix_progress"]).second_pass for group in self.param_groups)
         if closure is None:
             if second_pass:
                 raise RuntimeError("SAM needs a second gradient: call step(closure), or first_step and second_step")
@@ -378,7 +296,11 @@ class SAM(torch.optim.SGD):
             self._update()
             return loss
         self.first_step()
-        with torch.enable_grad():
-            closure()
-        self.second_step()
+        try:
+            with torch.enable_grad():
+                closure()
+            self.second_step()
+        except BaseException:
+            self.restore()
+            raise
         return loss

@@ -8,7 +8,6 @@ running statistics and the global random generators are not touched.
 """
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,32 +19,47 @@ from samlib.models import mode, weights_restored
 
 CHUNK = 512  # images a pass
 HESSIAN_CHUNK = 128  # images a Hessian-vector product: fastest on a CPU, and a quarter of the memory
+JACOBIAN_BYTES = 2**26  # of the per-image gradients that are in memory at a time
 SCALE = 0.05  # of a random direction's norm, per tensor
+PAIRS = 5  # of random directions, each with its opposite
 TOLERANCE = 1e-3  # of an eigenvector: its residual as a share of its eigenvalue
+LOGITS = {"raw": lambda z: z, "normalized": lambda z: normalized(z)}
 
 
 def _trainable(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
+def normalized(logits: Tensor) -> Tensor:  # (images, classes)
+    """Each image's logits with mean 0 and standard deviation 1, so that their size cannot make a loss look flat.
+
+    Source: Andriushchenko et al., 2023 (arXiv 2302.07011). Equal logits become zeros.
+    """
+    centred = logits - logits.mean(1, keepdim=True)
+    return centred / centred.square().mean(1, keepdim=True).sqrt().clamp_min(torch.finfo(logits.dtype).tiny)
+
+
 @torch.no_grad()
-def losses(model: nn.Module, x: Tensor, labels: dict[str, Tensor]) -> dict[str, float]:
-    """Mean cross entropy in nats under each of the labels, from one pass; summed in float64."""
-    total = dict.fromkeys(labels, 0.0)
+def losses(model: nn.Module, x: Tensor, labels: dict[str, Tensor]) -> dict[tuple[str, str], float]:
+    """Mean cross entropy in nats by (labels, logits: raw or normalized), from one pass; summed in float64."""
+    total = {(name, kind): 0.0 for name in labels for kind in LOGITS}
     with mode(model, training=False):
         for start in range(0, len(x), CHUNK):
             logits = model(x[start : start + CHUNK]).double()  # (chunk, classes)
-            for name, y in labels.items():
-                total[name] += functional.cross_entropy(logits, y[start : start + CHUNK], reduction="sum").item()
-    return {name: value / len(x) for name, value in total.items()}
+            for kind, transform in LOGITS.items():
+                shown = transform(logits)
+                for name, y in labels.items():
+                    part = functional.cross_entropy(shown, y[start : start + CHUNK], reduction="sum")
+                    total[name, kind] += part.item()
+    return {key: value / len(x) for key, value in total.items()}
 
 
-def loss_value(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    """L(w): mean cross entropy in nats."""
-    return losses(model, x, {"": y})[""]
+def loss_value(model: nn.Module, x: Tensor, y: Tensor, logits: str = "raw") -> float:
+    """L(w): mean cross entropy in nats, of raw or normalized logits."""
+    return losses(model, x, {"": y})["", logits]
 
 
-def loss_gradient(model: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
+def loss_gradient(model: nn.Module, x: Tensor, y: Tensor, logits: str = "raw") -> list[Tensor]:
     """The gradient of L for every trainable parameter, in their shapes; zero where L does not depend on it."""
     params = _trainable(model)
     gradient = [torch.zeros_like(p) for p in params]
@@ -53,71 +67,108 @@ def loss_gradient(model: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
         return gradient
     with mode(model, training=False), torch.enable_grad():
         for x_chunk, y_chunk in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
-            loss = functional.cross_entropy(model(x_chunk), y_chunk, reduction="sum") / len(x)
+            loss = functional.cross_entropy(LOGITS[logits](model(x_chunk)), y_chunk, reduction="sum") / len(x)
             torch._foreach_add_(gradient, torch.autograd.grad(loss, params, materialize_grads=True))
     return gradient
 
 
-def _random_differences(
-    model: nn.Module, x: Tensor, labels: dict[str, Tensor], scale: float, draws: int, seed: int
-) -> dict[str, dict[str, float]]:
-    if draws < 2:
-        raise ValueError(f"draws is {draws}: a spread needs at least 2")
+def random_direction_sharpness(
+    model: nn.Module, x: Tensor, labels: dict[str, Tensor], scale: float = SCALE, pairs: int = PAIRS, seed: int = 0
+) -> dict[tuple[str, str], dict[str, float]]:
+    """Mean over random pairs +d, -d of (L(w + d) + L(w - d)) / 2 - L(w) in nats, by (labels, logits): value, std (of
+    the pairs, with n - 1) and n, the number of pairs.
+
+    d is Gaussian, scaled tensor by tensor to `scale` of that tensor's norm. To second order the expected value is
+    1/2 sum_t (scale ||w_t||)^2 tr(H_tt) / size_t; the first order, which is noise, cancels within a pair. Raises
+    ValueError for fewer than two pairs.
+    """
+    if pairs < 2:
+        raise ValueError(f"pairs is {pairs}: a spread needs at least 2")
     generator = torch.Generator().manual_seed(seed)  # on the CPU: the same directions on every device
     before = losses(model, x, labels)
-    differences: dict[str, list[float]] = {name: [] for name in labels}
+    rises: dict[tuple[str, str], list[float]] = {key: [] for key in before}
     with weights_restored(_trainable(model)) as weights:
-        for _ in range(draws):
-            with torch.no_grad():
-                for p, w in zip(_trainable(model), weights, strict=True):
-                    d = torch.randn(p.shape, generator=generator, dtype=p.dtype).to(p.device)
-                    p.copy_(w + d * (scale * w.norm() / d.norm()))
-            for name, value in losses(model, x, labels).items():
-                differences[name].append(value - before[name])
+        for _ in range(pairs):
+            directions = []
+            for w in weights:
+                d = torch.randn(w.shape, generator=generator, dtype=w.dtype).to(w.device)
+                directions.append(d * (scale * w.norm() / d.norm()))
+            sides = []
+            for sign in (1, -1):
+                with torch.no_grad():
+                    for p, w, d in zip(_trainable(model), weights, directions, strict=True):
+                        p.copy_(w + sign * d)
+                sides.append(losses(model, x, labels))
+            for key, values in rises.items():
+                values.append((sides[0][key] + sides[1][key]) / 2 - before[key])
     return {
-        name: {"value": float(np.mean(values)), "std": float(np.std(values, ddof=1)), "n": draws}
-        for name, values in differences.items()
+        key: {"value": float(np.mean(values)), "std": float(np.std(values, ddof=1)), "n": pairs}
+        for key, values in rises.items()
     }
 
 
-def random_direction_sharpness(
-    model: nn.Module, x: Tensor, y: Tensor, scale: float = SCALE, draws: int = 10, seed: int = 0
-) -> dict[str, float]:
-    """Mean over draws of L(w + d) - L(w) in nats: value, std (of the draws, with n - 1) and n.
-
-    d is Gaussian, scaled tensor by tensor to `scale` of that tensor's norm. To second order the expected value is
-    1/2 sum_t (scale ||w_t||)^2 tr(H_tt) / size_t. Raises ValueError for fewer than two draws.
-    """
-    return _random_differences(model, x, {"": y}, scale, draws, seed)[""]
-
-
-def ascent_sharpness(model: nn.Module, x: Tensor, y: Tensor, rho: float) -> float:
+def ascent_sharpness(model: nn.Module, x: Tensor, y: Tensor, rho: float, logits: str = "raw") -> float:
     """L(w + rho g / ||g||) - L(w) in nats, g = loss_gradient (Foret et al., 2021); 0 where g is zero."""
-    params, g = _trainable(model), loss_gradient(model, x, y)
+    params, g = _trainable(model), loss_gradient(model, x, y, logits)
     norm = math.sqrt(sum(torch.linalg.vector_norm(t, dtype=torch.float64).item() ** 2 for t in g))
     if norm == 0:
         return 0.0
-    before = loss_value(model, x, y)
+    before = loss_value(model, x, y, logits)
     with weights_restored(params):
         with torch.no_grad():
             torch._foreach_add_(params, g, alpha=rho / norm)
-        return loss_value(model, x, y) - before
+        return loss_value(model, x, y, logits) - before
 
 
 def sharpness_rows(
-    model: nn.Module, x: Tensor, labels: dict[str, Tensor], rho: float, seed: int
+    model: nn.Module, x: Tensor, labels: dict[str, Tensor], rhos: list[float], seed: int
 ) -> list[dict[str, Any]]:
-    """Rows of the sharpness table, less the epoch, for both measures and every labels of x, say trained and true.
+    """Rows of the sharpness table, less the epoch, for both measures, every labels of x, say trained and true, and raw
+    and normalized logits.
 
-    measure, labels, setting (scale or rho), value, std (over draws; NaN for the ascent, which is one value) and n.
+    measure, labels, logits, setting (scale or rho), value, std (over pairs; NaN for the ascent, which is one value), n.
     """
     rows = []
-    for name, result in _random_differences(model, x, labels, SCALE, 10, seed).items():
-        rows.append({"measure": "random", "labels": name, "setting": SCALE, **result})
+    for (name, logits), result in random_direction_sharpness(model, x, labels, seed=seed).items():
+        rows.append({"measure": "random", "labels": name, "logits": logits, "setting": SCALE} | result)
     for name, y in labels.items():
-        value = ascent_sharpness(model, x, y, rho)
-        rows.append({"measure": "ascent", "labels": name, "setting": rho, "value": value, "std": math.nan, "n": 1})
+        for logits in LOGITS:
+            for rho in rhos:
+                value = ascent_sharpness(model, x, y, rho, logits)
+                row = {"measure": "ascent", "labels": name, "logits": logits, "setting": rho}
+                rows.append(row | {"value": value, "std": math.nan, "n": 1})
     return rows
+
+
+def gauss_newton_diagonal(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """The diagonal of the Gauss-Newton matrix of L in evaluation mode, exactly: a tensor a parameter, in its shape.
+
+    (1/N) sum_n sum_c p_nc (J_nc - sum_k p_nk J_nk)^2, J_nc the gradient of image n's logit c, p its softmax: per-image
+    gradients, in chunks that bound memory. It needs no labels, and no entry is negative. A network that is piecewise
+    linear in each single weight, as one of ReLUs is in evaluation mode, has it as the diagonal of its Hessian. A frozen
+    parameter has zeros.
+    """
+    from torch.func import functional_call, vjp, vmap
+
+    params = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    rest = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad} | dict(
+        model.named_buffers()
+    )
+    total = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+
+    def image_squares(image: Tensor) -> dict[str, Tensor]:  # (channels, height, width)
+        logits, pull_back = vjp(lambda p: functional_call(model, p | rest, (image[None],))[0], params)
+        p = logits.softmax(0)
+        sides = p.sqrt()[:, None] * (torch.eye(len(p), dtype=p.dtype, device=p.device) - p)  # (classes, classes)
+        return {name: t.square().sum(0) for name, t in vmap(pull_back)(sides)[0].items()}
+
+    with mode(model, training=False), torch.no_grad():
+        classes = model(x[:1]).shape[1]
+        size = sum(p.numel() * p.element_size() for p in params.values()) * classes
+        for chunk in x.split(max(1, JACOBIAN_BYTES // max(1, size))):
+            for name, squares in vmap(image_squares)(chunk).items():
+                total[name] += squares.sum(0) / len(x)
+    return list(total.values())
 
 
 def _hessian(model: nn.Module, x: Tensor, y: Tensor) -> Any:
@@ -165,45 +216,28 @@ def hessian_eigenvalues(model: nn.Module, x: Tensor, y: Tensor, k: int = 2) -> t
     return result[0], result[1]
 
 
-@dataclass(frozen=True)
-class DiagonalEstimate:
-    """The Hessian's diagonal and trace by Hutchinson's estimator, each with its standard error."""
+def hessian_trace(model: nn.Module, x: Tensor, y: Tensor, samples: int, seed: int) -> tuple[float, float]:
+    """The trace of the Hessian of L and its standard error: the mean of z . Hz over Rademacher vectors z.
 
-    mean: list[Tensor]  # in the shapes of the trainable parameters
-    standard_error: list[Tensor]  # of each element of the mean, from the spread over samples
-    trace: float
-    trace_standard_error: float
-    samples: int  # Rademacher vectors
-
-
-def hessian_diagonal(model: nn.Module, x: Tensor, y: Tensor, samples: int, seed: int) -> DiagonalEstimate:
-    """E[z * Hz] over Rademacher vectors z (Hutchinson, 1989; Bekas et al., 2007); the trace from the same vectors.
-
-    The variances of one sample are sum_{j != i} H_ij^2 for element i and 2 sum_{i != j} H_ij^2 for the trace. Each
-    sample costs one Hessian-vector product. Raises ValueError for fewer than two samples.
+    Source: Hutchinson, 1989. One sample's variance is 2 sum_{i != j} H_ij^2; each costs one Hessian-vector product.
+    Raises ValueError for fewer than two samples.
     """
     if samples < 2:
         raise ValueError(f"samples is {samples}: a standard error needs at least 2")
-    params = _trainable(model)
-    mean, squares = [torch.zeros_like(p) for p in params], [torch.zeros_like(p) for p in params]
-    traces = []
+    params, traces = _trainable(model), []
     generator = torch.Generator().manual_seed(seed)  # on the CPU: the same vectors on every device
     with mode(model, training=False), torch.no_grad():
         operator = _hessian(model, x, y)
-        for n in range(1, samples + 1):
+        for _ in range(samples):
             z = [(2 * torch.randint(2, p.shape, generator=generator) - 1).to(p) for p in params]
-            sample = torch._foreach_mul(operator @ z, z)
-            traces.append(sum(s.sum(dtype=torch.float64).item() for s in sample))
-            for m, q, s in zip(mean, squares, sample, strict=True):  # Welford: no cancellation
-                delta = s - m
-                m.add_(delta / n)
-                q.add_(delta * (s - m))
-        error = [(q / (samples * (samples - 1))).sqrt() for q in squares]
-    trace_error = float(np.std(traces, ddof=1)) / math.sqrt(samples)
-    return DiagonalEstimate(mean, error, float(np.mean(traces)), trace_error, samples)
+            product = operator @ z
+            traces.append(sum((a * b).sum(dtype=torch.float64).item() for a, b in zip(product, z, strict=True)))
+    return float(np.mean(traces)), float(np.std(traces, ddof=1)) / math.sqrt(samples)
 
 
-def hessian_rows(eigenvalues: np.ndarray, residuals: np.ndarray, diagonal: DiagonalEstimate) -> list[dict[str, Any]]:
+def hessian_rows(
+    eigenvalues: np.ndarray, residuals: np.ndarray, trace: float, error: float, samples: int
+) -> list[dict[str, Any]]:
     """Rows of the hessian table, less the epoch: quantity, value, error (residual or standard error) and samples.
 
     samples counts random vectors, hence 0 for an eigenvalue, whose error is no sampling error.
@@ -212,5 +246,4 @@ def hessian_rows(eigenvalues: np.ndarray, residuals: np.ndarray, diagonal: Diago
         {"quantity": f"eigenvalue{i}", "value": float(value), "error": float(residual), "samples": 0}
         for i, (value, residual) in enumerate(zip(eigenvalues, residuals, strict=True), start=1)
     ]
-    error = diagonal.trace_standard_error
-    return [*rows, {"quantity": "trace", "value": diagonal.trace, "error": error, "samples": diagonal.samples}]
+    return [*rows, {"quantity": "trace", "value": trace, "error": error, "samples": samples}]

@@ -7,12 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from samlib.compiled import compiled
 from samlib.config import RunConfig
 from samlib.models import frozen_statistics
 from samlib.sam import SAM
 
-EAGER_STEPS = 3  # before a capture: kernels are chosen, momentum and backup buffers made
+EAGER_STEPS = 3  # before a capture: kernels are chosen, momentum buffers made
 
 
 class EagerStep:
@@ -20,13 +19,12 @@ class EagerStep:
 
     def __init__(self, model: nn.Module, optimizer: SAM, config: RunConfig, device: torch.device) -> None:
         self.model, self.optimizer, self.second = model, optimizer, config.passes == 2
-        self.forward = compiled(model) if config.compile else model
         self.bf16 = config.precision == "bf16"
         self.device = device
 
     def backward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext():
-            logits = self.forward(x)
+            logits = self.model(x)
             loss = cross_entropy(logits.float(), y)
         loss.backward()
         return loss.detach(), logits.detach()
@@ -59,11 +57,15 @@ class GraphStep:
         self.stream = torch.cuda.Stream()
         self.seen: dict[int, int] = {}
         self.graphs: dict[int, tuple[Any, Tensor, Tensor, tuple[Tensor, Tensor]]] = {}
+        self.mixes: list[float] = []  # how far each group's mix is on its way, which a graph holds fast
         for group in optimizer.param_groups:
             group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32, device=device)
 
     def __call__(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         size = len(y)
+        mixes = [group["mix_progress"] for group in self.optimizer.param_groups]
+        if mixes != self.mixes:
+            self.graphs, self.mixes = {}, mixes
         if size not in self.graphs:
             if self.seen.get(size, 0) < EAGER_STEPS:
                 self.seen[size] = self.seen.get(size, 0) + 1

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from samlib.ablation import (
+from samlib.analysis.ablation import (
     batch_difference,
     batch_learning,
     differences,
@@ -17,7 +17,7 @@ from samlib.ablation import (
     with_sharpness,
 )
 from samlib.config import RunConfig
-from samlib.stats import Estimate, mean_interval
+from samlib.analysis.old_stats import Estimate, mean_interval
 
 
 def frame(*rows: dict) -> pd.DataFrame:

@@ -3,7 +3,7 @@
 import pytest
 
 from samlib import PROJECT
-from samlib.findings import HEADER, findings, write_findings
+from samlib.analysis.findings import HEADER, findings, write_findings
 
 
 def test_the_readme_states_what_the_published_runs_give():

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from samlib import claims, geometry
+from samlib.analysis import claims, geometry
 from samlib.config import RunConfig, UserError
 from samlib.probes import BINS, CHECKPOINTS
 

@@ -50,11 +50,12 @@ def test_known_numbers_of_parameters():
 def test_maps_of_each_stage_at_32x32(name, stem, sizes):
     model = build_model(name, 4, stem, 3, 10, seed=0)
     seen = []
-    for stage in (model.layer1, model.layer2, model.layer3, model.layer4):
+    stages = [getattr(model, stage) for stage in model.stages]
+    for stage in stages:
         stage.register_forward_hook(lambda module, inputs, output: seen.append(tuple(output.shape[1:])))
     model(torch.zeros(2, 3, 32, 32))
-    assert seen == [(4 << i, s, s) for i, s in enumerate(sizes)]
-    assert tuple(len(getattr(model, f"layer{i}")) for i in (1, 2, 3, 4)) == BLOCKS[name]
+    assert seen == [(4 << i, s, s) for i, s in enumerate(sizes[: len(stages)])]
+    assert tuple(len(stage) for stage in stages) == BLOCKS[name]
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -10,12 +10,12 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from samlib import regimes
+from samlib.analysis import regimes
 from samlib.config import UserError
-from samlib.regimes import DIFFERENCE
-from samlib.report import NAMED, markdown, report, state, text
+from samlib.analysis.regimes import DIFFERENCE
+from samlib.analysis.report import NAMED, markdown, report, state, text
 from samlib.runs import Run
-from samlib.stats import Estimate
+from samlib.analysis.old_stats import Estimate
 from samlib.study import Study
 
 STUDY = """

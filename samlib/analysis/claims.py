@@ -8,7 +8,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from samlib.probes import BINS
-from samlib.stats import Estimate, correlation, mean_interval
+from samlib.analysis.old_stats import Estimate, correlation, mean_interval
 
 FACTOR = 1.5  # two shares agree when neither is more than this many times the other
 LIFT = 1.1  # an overlap is above chance when its lift is above this

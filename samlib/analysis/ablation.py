@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 
 from samlib.config import RunConfig
-from samlib.stats import Estimate, mean_interval, paired_difference
+from samlib.analysis.old_stats import Estimate, mean_interval, paired_difference
 
 ESTIMATE, NOTHING = list(Estimate._fields), Estimate(np.nan, np.nan, np.nan, 0)
 

@@ -24,7 +24,7 @@ from samlib import PROJECT
 
 NAME = "samlib-forked"
 IMPORTS = ("ipykernel.kernelapp", "IPython.display", "matplotlib.pyplot", "PIL.Image", "samlib.train")
-ORIGIN = ("-m", "samlib.kernels")  # the process that kernels are forked from
+ORIGIN = ("-m", "samlib.batch.kernels")  # the process that kernels are forked from
 
 _lock = threading.Lock()
 _origin: subprocess.Popen | None = None

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from samlib.ablation import mix_order
+from samlib.analysis.ablation import mix_order
 from samlib.config import UserError
 
 # One colour a meaning, everywhere (the Okabe-Ito palette: told apart by colour-blind readers too).

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from samlib import PROJECT
 from samlib.config import RunConfig, UserError
-from samlib.execute import execute, failed_notebook
+from samlib.batch.execute import execute, failed_notebook
 from samlib.runs import Run
 from samlib.study import NOTEBOOKS, Study, relative
 

@@ -17,7 +17,7 @@ def execute(notebook: str, output: str, parameters: dict[str, Any], folder: str)
     """
     import papermill
 
-    from samlib.kernels import fork_kernels
+    from samlib.batch.kernels import fork_kernels
 
     fork_kernels()
     final = Path(output)

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from samlib import regimes
+from samlib.analysis import regimes
 from samlib.config import RunConfig, UserError
-from samlib.regimes import CELL, DIFFERENCE
-from samlib.stats import Estimate
+from samlib.analysis.regimes import CELL, DIFFERENCE
+from samlib.analysis.old_stats import Estimate
 from samlib.study import Study
 
 MARK = "★"  # after a difference whose interval excludes zero

@@ -3,11 +3,12 @@
 import re
 from pathlib import Path
 
-from samlib import PROJECT, ablation, geometry, regimes
-from samlib.claims import interval, percent, start_and_end
+from samlib import PROJECT
+from samlib.analysis import ablation, geometry, regimes
+from samlib.analysis.claims import interval, percent, start_and_end
 from samlib.config import UserError
-from samlib.report import MARK, text
-from samlib.stats import Estimate
+from samlib.analysis.report import MARK, text
+from samlib.analysis.old_stats import Estimate
 from samlib.study import Study
 
 HEADER = "| asked | on | found | read |\n|---|---|---|---|"

@@ -13,7 +13,7 @@ from samlib.config import UserError
 from samlib.probes import BINS, CHECKPOINTS
 from samlib.runs import load_runs, load_table
 from samlib.sam import checkpoint_codes
-from samlib.stats import correlation, expected_intersection, within_correlation
+from samlib.analysis.old_stats import correlation, expected_intersection, within_correlation
 from samlib.study import Study, relative
 
 # The field of a configuration that makes a table.

@@ -14,7 +14,7 @@ import pandas as pd
 
 from samlib.config import RunConfig, UserError
 from samlib.runs import load_runs, load_table
-from samlib.stats import (
+from samlib.analysis.old_stats import (
     Estimate,
     correlation,
     epoch_reaching,

@@ -1,0 +1,213 @@
+"""Estimates with intervals, the rule that turns one into a verdict, and chance levels.
+
+Student's t throughout: a bootstrap misleads at n = 3. n counts what is independent, runs of different seeds or pairs of
+them, never probes, epochs or layers of one run.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+VERDICTS = HOLDS, CONTRADICTED, UNDECIDED, NOT_MEASURED = "holds", "contradicted", "undecided", "not measured"
+LEVEL = 0.95
+LEAST = 3  # runs or pairs that a verdict needs
+MARGIN = 0.01  # "no worse than", "about equal" of accuracies: one point, where a claim's rule names no other
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its 95 % interval: NaN bounds where n is too small to have one, a NaN value where n is 0.
+
+    unit: "%" (a fraction, shown in percent), "points" (a difference of fractions), "of" (a share of n things counted),
+    or what stands after the number as it is ("nats", "").
+    """
+
+    value: float = np.nan
+    low: float = np.nan
+    high: float = np.nan
+    n: int = 0
+    unit: str = ""
+    signed: bool = False  # shown with its sign: differences and correlations
+    left_out: int = 0  # runs or pairs that diverged or lack their partner
+
+    @property
+    def half(self) -> float:
+        """Half the interval's width."""
+        return (self.high - self.low) / 2
+
+    def excludes(self, value: float = 0.0) -> bool:
+        """Whether the interval excludes a value; never where there is no interval."""
+        return bool(self.low > value or self.high < value)
+
+    def __str__(self) -> str:
+        """The one way in which an estimate is shown.
+
+        >>> print(Estimate(0.012, 0.004, 0.020, 3, "points", signed=True))
+        +1.2 ± 0.8 points (n=3)
+        >>> print(Estimate(0.95, n=1, unit="%"), "|", Estimate(0.6, 0.2, 0.8, 4, signed=True), "|", Estimate())
+        95.0 % (n=1) | +0.600 (+0.200 to +0.800, n=4) | –
+        """
+        return self.format()
+
+    def format(self, digits: int | None = None, n: bool = True) -> str:
+        """digits: after the point; None: one for percent and points, more where the interval is narrower than that,
+        and three significant ones otherwise. n: whether it is shown."""
+        if np.isnan(self.value):
+            return "–" if not self.left_out else f"– ({self.left_out} left out)"
+        share = self.unit in ("%", "points", "of")
+        scale = 100 if share else 1
+        sizes = [scale * abs(x) for x in (self.value, self.half) if x and np.isfinite(x)]
+        if digits is None and share:
+            narrow = np.isfinite(self.half) and 0 < scale * self.half < 0.05
+            digits = 2 if narrow else 1
+        elif digits is None:
+            digits = int(np.clip(2 - np.floor(np.log10(max(sizes, default=1))), 0, 6))
+
+        def shown(x: float, sign: str = "") -> str:
+            return f"{scale * x:{sign}.{digits}f}".replace("-", "−")
+
+        sign, even = "+" if self.signed else "", abs(self.high + self.low - 2 * self.value) < 1e-9
+        notes = [f"n={self.n}"] * n + [f"{self.left_out} left out"] * (n and self.left_out > 0)
+        unit = f" {self.unit}" if self.unit else ""
+        if self.unit == "of":
+            count, unit, notes = f"{self.value * self.n:.0f} of {self.n}", " %", notes[1:]
+            sign, even = "", False
+        else:
+            count = shown(self.value, sign) + (f" ± {shown(self.half)}" if even else "") + unit
+        if not even and not np.isnan(self.half):
+            notes.insert(0, f"{shown(self.low, sign)} to {shown(self.high, sign)}" + unit * (self.unit != ""))
+        return f"{count} ({', '.join(notes)})" if notes else count
+
+
+def mean_interval(values: Iterable[float], resolution: float = 0.0, unit: str = "", signed: bool = False) -> Estimate:
+    """The mean of the values that are not NaN, which count as `left_out`, and its t interval, mean ± t_{n-1} s / sqrt(n).
+
+    resolution: of one value, 1 / test images for an accuracy; the half-width is never below it, since runs that agree
+    to the last image say nothing finer than an image. No interval for n = 1, no value for n = 0.
+    """
+    x = np.asarray(list(values), dtype=float)
+    left_out, x = int(np.isnan(x).sum()), x[~np.isnan(x)]
+    if not len(x):
+        return Estimate(unit=unit, signed=signed, left_out=left_out)
+    mean, half = float(x.mean()), np.nan
+    if len(x) > 1:
+        half = max(float(stats.t.ppf((1 + LEVEL) / 2, len(x) - 1) * x.std(ddof=1) / len(x) ** 0.5), resolution)
+    return Estimate(mean, mean - half, mean + half, len(x), unit, signed, left_out)
+
+
+def proportion(count: int, n: int) -> Estimate:
+    """count of n, with the exact binomial interval (Clopper and Pearson, 1934); shown as "6 of 8"."""
+    if not n:
+        return Estimate(unit="of")
+    tail = (1 - LEVEL) / 2
+    low = stats.beta.ppf(tail, count, n - count + 1) if count else 0.0
+    high = stats.beta.ppf(1 - tail, count + 1, n - count) if count < n else 1.0
+    return Estimate(count / n, float(low), float(high), n, "of")
+
+
+def sign_count(differences: Iterable[Estimate]) -> Estimate:
+    """In how many regimes a difference is above zero; exact zeros and what is not measured are left out.
+
+    Its interval excludes a half exactly where the two-sided sign test at 5 % rejects: from six of six on.
+    """
+    values = np.array([e.value for e in differences])
+    above, below = int((values > 0).sum()), int((values < 0).sum())
+    return replace(proportion(above, above + below), left_out=len(values) - above - below)
+
+
+def decide(
+    estimate: Estimate,
+    *,
+    above: float | None = None,
+    below: float | None = None,
+    within: float | tuple[float, float] | None = None,
+    least: int = LEAST,
+) -> str:
+    """The verdict on "it is above (below) this", or "within ± this", or "between these two", from the interval alone.
+
+    It holds where the whole interval lies there, is contradicted where none of it does, and is undecided where the
+    interval holds both, or n is below `least`. "No worse than" is `above=-margin`. Give exactly one of the three.
+    """
+    if sum(x is not None for x in (above, below, within)) != 1:
+        raise ValueError("decide needs exactly one of above, below and within")
+    if np.isnan(estimate.value):
+        return NOT_MEASURED
+    low, high = -np.inf, np.inf
+    if within is not None:
+        low, high = within if isinstance(within, tuple) else (-within, within)
+    else:
+        low, high = (above, high) if above is not None else (low, below)
+    if estimate.n < least or np.isnan(estimate.half):
+        return UNDECIDED
+    if low < estimate.low and estimate.high < high:
+        return HOLDS
+    return CONTRADICTED if estimate.high < low or estimate.low > high else UNDECIDED
+
+
+def expected_by_chance(intervals: int) -> float:
+    """How many of so many 95 % intervals exclude the truth on average: what to print beside many of them."""
+    return (1 - LEVEL) * intervals
+
+
+def correlation(x: Iterable[float], y: Iterable[float], method: str = "pearson") -> Estimate:
+    """Pearson's or Spearman's correlation of n independent pairs with Fisher's z interval, atanh(r) ± 1.96 sqrt(v).
+
+    v = 1 / (n - 3), for Spearman (1 + r^2 / 2) times that (Bonett and Wright, 2000). No interval for n < 4, no value
+    where x or y is constant. Raises ValueError on NaN, unequal lengths and another method.
+    """
+    x, y = np.asarray(list(x), dtype=float), np.asarray(list(y), dtype=float)  # (n,)
+    if method not in ("pearson", "spearman"):
+        raise ValueError(f"method is {method!r}: use 'pearson' or 'spearman'")
+    if len(x) != len(y) or np.isnan(x).any() or np.isnan(y).any():
+        raise ValueError(f"{len(x)} and {len(y)} values, or NaN among them: leave diverged or missing runs out first")
+    n = len(x)
+    if n < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return Estimate(n=n, signed=True)
+    if method == "spearman":
+        x, y = stats.rankdata(x), stats.rankdata(y)
+    r = float(np.clip(np.corrcoef(x, y)[0, 1], -1, 1))
+    if n <= 3 or abs(r) > 1 - 1e-15:
+        return Estimate(r, n=n, signed=True)
+    variance = (1 + (method == "spearman") * r**2 / 2) / (n - 3)
+    z, half = np.arctanh(r), stats.norm.ppf((1 + LEVEL) / 2) * np.sqrt(variance)
+    return Estimate(r, float(np.tanh(z - half)), float(np.tanh(z + half)), n, signed=True)
+
+
+def correlation_over_seeds(
+    frame: pd.DataFrame, x: str, y: str, seed: str = "seed", over: str | None = "rho", method: str = "pearson"
+) -> Estimate:
+    """Each seed's correlation of x and y over its runs, and their mean with a t interval: n is the number of seeds.
+
+    over: the field that the runs of a seed differ in; the interval is widened until it holds those with any one of its
+    values left out, so that what one ρ carries is not shown. None: nothing is left out. Seeds where x or y is constant,
+    or that have fewer than three runs, are left out.
+    """
+
+    def by_seed(rows: pd.DataFrame) -> Estimate:
+        groups = [part for _, part in rows.dropna(subset=[x, y]).groupby(seed)]
+        values = [correlation(g[x], g[y], method).value if len(g) > 2 else np.nan for g in groups]
+        found = mean_interval(values, signed=True)
+        return replace(found, low=max(found.low, -1.0), high=min(found.high, 1.0)) if found.n > 1 else found
+
+    whole = by_seed(frame)
+    if over is None or whole.n < 2:
+        return whole
+    parts = [by_seed(frame[frame[over] != value]) for value in frame[over].unique()]
+    bounds = [e for e in (whole, *parts) if e.n > 1]
+    return replace(whole, low=min(e.low for e in bounds), high=max(e.high for e in bounds))
+
+
+def lift(observed: float, chance: float) -> float:
+    """How many times its chance level something is: 1 is chance. NaN where the chance level is 0. Arrays as well."""
+    expected = np.asarray(chance, dtype=float)
+    return np.divide(observed, expected, out=np.full_like(expected, np.nan), where=expected > 0)[()]
+
+
+def epoch_reaching(epochs: Iterable[float], accuracy: Iterable[float], share: float = 0.9) -> float:
+    """The first epoch whose accuracy is at least `share` of the last one's; NaN where the last one is NaN."""
+    epochs, accuracy = np.asarray(list(epochs)), np.asarray(list(accuracy), dtype=float)
+    reached = accuracy >= share * accuracy[-1]
+    return epochs[reached.argmax()].item() if reached.any() else np.nan
