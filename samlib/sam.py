@@ -16,10 +16,11 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from inspect import unwrap
 
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
+from torch.optim.sgd import sgd
 
 ONES, ZEROS = (1.0,) * 4, (0.0,) * 4
 CONTROLS = ("shuffled", "rescaled", "length")
@@ -29,14 +30,12 @@ CONTROLS = ("shuffled", "rescaled", "length")
 class Mix:
     """The rule d = sum_k [checkpoint = k] (a_k g' + b_k g) that turns (g, g') into the update direction.
 
-    Inactive parameters (checkpoint 0) take a_1 g' + b_1 g. A control, before the name, asks why a mix does what it does:
-    shuffled permutes the checkpoints of each tensor's active parameters at random, rescaled takes d ||g|| / ||d||, length
-    takes g ||d|| / ||g||, with norms over all parameters of a group.
+    Inactive parameters take a_1 g' + b_1 g. A control, before the name, asks why a mix does what it does: shuffled
+    permutes the checkpoints of each tensor's active parameters at random, rescaled takes d ||g|| / ||d||, length takes
+    g ||d|| / ||g||, with norms over all parameters of a group.
 
     >>> Mix.parse("checkpoint134")
     Mix(name='checkpoint134', a=(1.0, 0.0, 1.0, 1.0), b=(0.0, 1.0, 0.0, 0.0), control='')
-    >>> Mix.parse("shuffled-gain1x2").b
-    (2.0, 1.0, 1.0, 1.0)
     """
 
     name: str = field(compare=False)
@@ -46,45 +45,36 @@ class Mix:
 
     @classmethod
     def parse(cls, name: str) -> "Mix":
-        """sgd, sam, magnitude, direction, checkpoint<subset of 1234>, scale<class>x<factor>, gain<class>x<factor>, or a
-        control before one of them: shuffled-<mix>, rescaled-<mix>, length-<mix>. scale2x0.5 is SANER (arXiv 2411.17132).
-
-        Raises ValueError for anything else, and for a control that would change nothing.
-        """
+        """The mix of a name; scale2x0.5 is SANER (arXiv 2411.17132). Raises ValueError that tells the known ones."""
         control, dash, rest = name.partition("-")
         if dash and control in CONTROLS:
             mix = cls.parse(rest)
-            if mix.control or (mix.a, mix.b) == (ZEROS, ONES):
+            if mix.control or not mix.second_pass:
                 raise ValueError(f"mix {name!r}: {control} is a control of a mix that is neither sgd nor a control")
             if control == "shuffled" and len(set(zip(mix.a, mix.b, strict=True))) == 1:
-                raise ValueError(f"mix {name!r}: {rest} treats all checkpoints alike, so shuffling them changes nothing")
+                raise ValueError(f"mix {name!r}: {rest} treats all checkpoints alike: there is nothing to shuffle")
             return cls(name, mix.a, mix.b, control)
-        fixed = {
-            "sgd": (ZEROS, ONES),
-            "sam": (ONES, ZEROS),
-            "magnitude": ((1.0, 1.0, -1.0, -1.0), ZEROS),
-            "direction": (ZEROS, (1.0, 1.0, -1.0, -1.0)),
-        }
+        signs = (1.0, 1.0, -1.0, -1.0)
+        fixed = {"sgd": (ZEROS, ONES), "sam": (ONES, ZEROS), "magnitude": (signs, ZEROS), "direction": (ZEROS, signs)}
         if name in fixed:
             return cls(name, *fixed[name])
-        if (match := re.fullmatch(r"checkpoint(1?2?3?4?)", name)) and match[1]:
+        if match := re.fullmatch(r"checkpoint(?=.)(1?2?3?4?)", name):
             a = tuple(float(k in match[1]) for k in "1234")
             return cls(name, a, tuple(1.0 - x for x in a))
-        if match := re.fullmatch(r"(scale|gain)([1-4])x([0-9]+(?:\.[0-9]+)?)", name):
-            factor = float(match[3])
-            if factor <= 1e6:
-                scaled = tuple(factor if k == match[2] else 1.0 for k in "1234")
-                return cls(name, scaled, ZEROS) if match[1] == "scale" else cls(name, ZEROS, scaled)
+        match = re.fullmatch(r"(scale|gain)([1-4])x([0-9]+(?:\.[0-9]+)?)", name)
+        if match and (factor := float(match[3])) <= 1e6:
+            scaled = tuple(factor if k == match[2] else 1.0 for k in "1234")
+            return cls(name, scaled, ZEROS) if match[1] == "scale" else cls(name, ZEROS, scaled)
         raise ValueError(
-            f"mix {name!r} is unknown; known are sgd, sam, magnitude, direction, checkpoint followed by some of 1234 "
-            "in order (checkpoint134), scale<class>x<factor> and gain<class>x<factor> with a factor up to 1e6 (gain1x2), "
+            f"mix {name!r} is unknown; known are sgd, sam, magnitude, direction, checkpoint and some of 1234 in "
+            "order (checkpoint134), scale<class>x<factor> and gain<class>x<factor> with a factor up to 1e6 (gain1x2), "
             "and shuffled-, rescaled- or length- before one of them"
         )
 
     def warmed(self, progress: float) -> "Mix":
-        """The mix on the way from SAM's eight numbers (progress 0) to its own (1), linearly."""
-        a, b = ((t + progress * (x - t) for x in side) for t, side in ((1.0, self.a), (0.0, self.b)))
-        return self if progress == 1 else Mix(self.name, tuple(a), tuple(b), self.control)
+        """The mix on the way from SAM's eight numbers (progress 0) to its own (1), linearly, under the same control."""
+        a, b = (tuple(t + progress * (x - t) for x in side) for t, side in ((1.0, self.a), (0.0, self.b)))
+        return self if progress == 1 else Mix(self.name, a, b, self.control)
 
     @property
     def second_pass(self) -> bool:
@@ -96,17 +86,30 @@ class Mix:
         """Whether the update depends on g beside g': directly, through a parameter's checkpoint, or its norm."""
         return bool(self.control) or (self.a, self.b) != (ONES, ZEROS)
 
-    def direction(self, g: Tensor, g_sam: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """d of one tensor, before any rescaling; g and g_sam are of one shape. generator: of the shuffled control."""
-        weights = list(zip(self.a, self.b, strict=True))
-        d = _weighted(g, g_sam, *weights[0])
-        others = set(weights) - {weights[0]}
+    def update(self, g: list[Tensor], g_sam: list[Tensor], seed: int = 0) -> list[Tensor]:
+        """d, a tensor a parameter as g and g_sam are, each pair of one shape; seed: of the shuffled control."""
+        shuffle = torch.Generator(g[0].device).manual_seed(seed) if self.control == "shuffled" else None
+        d = [self._direction(*pair, shuffle) for pair in zip(g, g_sam, strict=True)]
+        if self.control in ("rescaled", "length"):
+            along, other = (d, g) if self.control == "rescaled" else (g, d)
+            scale = _ratio(get_total_norm(other), get_total_norm(along))
+            d = [t * scale.to(t) for t in along]
+        return d
+
+    def _direction(self, g: Tensor, g_sam: Tensor, shuffle: torch.Generator | None) -> Tensor:
+        first, *others = dict.fromkeys(zip(self.a, self.b, strict=True))
+        d = _weighted(g, g_sam, *first)
         if others:
             codes = checkpoint_codes(g, g_sam)
-            if self.control == "shuffled":
-                codes = _shuffled(codes, generator)
+            if shuffle:
+                active = codes != 0
+                members = codes[active]
+                order = torch.randperm(len(members), generator=shuffle, device=codes.device)
+                codes = codes.masked_scatter(active, members[order])
+            if not first[0]:  # a NaN of g' is in no class, but must show
+                d = torch.add(d, g_sam, alpha=0.0)
         for other in others:
-            members = [codes == k for k in (2, 3, 4) if weights[k - 1] == other]
+            members = [codes == k for k in (2, 3, 4) if (self.a[k - 1], self.b[k - 1]) == other]
             d = torch.where(sum(members[1:], members[0]), _weighted(g, g_sam, *other), d)
         return d
 
@@ -114,7 +117,7 @@ class Mix:
 def checkpoint_codes(g: Tensor, g_sam: Tensor) -> Tensor:
     """The checkpoint of every parameter, 0 to 4, decided exactly: no division, no epsilon, no product but of signs.
 
-    g and g_sam have one shape; so has the result (uint8). A NaN in either belongs to no class and gives 0.
+    g and g_sam have one shape, else ValueError; so has the result (uint8). A NaN in either belongs to no class: 0.
     Source: the four cases of "Geometry SAM", with the ties and zeros that a ratio leaves open put in 1, 3 and 0.
 
     >>> checkpoint_codes(torch.tensor([1., 2., 1., 2., 0.]), torch.tensor([2., 1., -2., -1., 1.])).tolist()
@@ -133,28 +136,35 @@ def _weighted(g: Tensor, g_sam: Tensor, a: float, b: float) -> Tensor:
     return sum(terms[1:], terms[0]) if terms else torch.zeros_like(g)
 
 
-def _shuffled(codes: Tensor, generator: torch.Generator | None) -> Tensor:
-    active = codes != 0
-    members = codes[active]
-    order = torch.randperm(len(members), generator=generator, device=codes.device)
-    return codes.masked_scatter(active, members[order])
+def _ratio(numerator: Tensor | float, norm: Tensor) -> Tensor:
+    """numerator / norm as a scalar tensor: 0 where the norm is, finite for a tiny one, NaN for a NaN."""
+    return torch.where(norm == 0, 0.0, numerator / norm).clamp(max=torch.finfo(norm.dtype).max)
+
+
+def _like(tensor: Tensor, p: Tensor) -> Tensor:
+    """The tensor in the dtype, device and memory layout of a parameter: the fused rule reads memory, not indices."""
+    same = (tensor.dtype, tensor.device, tensor.stride()) == (p.dtype, p.device, p.stride())
+    return tensor if same else torch.empty_like(p).copy_(tensor)
 
 
 @lru_cache
-def _mix(name: str, progress: float = 1.0) -> Mix:
+def _warmed(name: str, progress: float) -> Mix:
     return Mix.parse(name).warmed(progress)
 
 
-def _scale(numerator: Tensor | float, norm: Tensor) -> Tensor:
-    """numerator / norm as a scalar tensor, 0 where the norm is, and finite."""
-    return torch.where(norm > 0, numerator / norm, 0.0).clamp(max=torch.finfo(norm.dtype).max)
+def _mix(group: dict) -> Mix:
+    return _warmed(group["mix"], group["mix_progress"])
 
 
-def _laid_out(tensor: Tensor, model: Tensor) -> Tensor:
-    return tensor if tensor.stride() == model.stride() else torch.empty_like(model).copy_(tensor)
+def _moving(group: dict) -> list[Tensor]:
+    """The parameters that have a gradient."""
+    params = [p for p in group["params"] if p.grad is not None]
+    if any(p.grad.layout != torch.strided for p in params):
+        raise RuntimeError("SAM takes dense gradients only, and a parameter has a sparse one: use sparse=False there")
+    return params
 
 
-class SAM(torch.optim.SGD):
+class SAM(torch.optim.Optimizer):
     """Sharpness-Aware Minimization (Foret et al., 2021) and every mix of `Mix`, with SGD's momentum and weight decay.
 
     Two passes over the same batch a step::
@@ -167,140 +177,123 @@ class SAM(torch.optim.SGD):
     or `optimizer.step(closure)`, where the closure clears the gradients, computes the loss and calls backward. The
     second pass should not move BatchNorm's running statistics: see `samlib.models.frozen_statistics`.
 
-    The perturbation uses the gradient of the loss alone; weight decay joins in the update. A zero gradient perturbs
-    nothing. rho = 0 with mix "sam" is torch's SGD(fused=True), to the bit. Parameters without a gradient stay as they
-    are; one that has a gradient in only one of the passes counts as zero in the other. An exception inside
-    `step(closure)`, and `load_state_dict` between the half-steps, put the weights back; `restore()` does so by hand.
+    The perturbation is along the loss's gradient alone; weight decay joins in the update. A zero gradient perturbs
+    nothing, a NaN shows in the weights. rho = 0 with mix "sam" is torch's SGD(fused=True), to the bit. A parameter
+    without a gradient stays; one with a gradient in only one pass counts as zero in the other. An exception inside
+    `step(closure)` puts the weights back, and so does `load_state_dict` between the half-steps, but for weights that
+    were written to since; `restore()` does it by hand. A state of torch's SGD loads: rho and mix stay as they are.
 
     params: tensors or parameter groups; lr, momentum, weight_decay: as torch.optim.SGD; rho: radius, in the units of
-    the weights, at least 0; mix: a name that `Mix.parse` takes; seed: of the shuffled control, whose permutations follow
-    from it and the number of the step. rho, mix, and `mix_progress` (see `Mix.warmed`), are settings of a parameter
-    group, as lr is. Memory beyond SGD's: one copy of the parameters, and one of the gradients for a mix that needs g.
-    Raises ValueError for a value out of range and RuntimeError for half-steps out of order.
+    the weights, at least 0; mix: a name that `Mix.parse` takes; seed: of the shuffled control, whose permutations
+    follow from it and the number of the step. rho, mix and `mix_progress` (of `Mix.warmed`) are settings of a group, as
+    lr is. Memory beyond SGD's: one copy of the parameters, and one of the gradients for a mix that needs g. Raises
+    ValueError for a value out of range, RuntimeError for half-steps out of order and sparse gradients.
     """
 
-    _weights: dict[Tensor, Tensor] | None = None  # between the half-steps: w of the parameters that had a gradient
-    _gradients: dict[Tensor, Tensor] | None = None  # and g of those whose mix needs it
+    # Between the half-steps, of each parameter that had a gradient: w; g, where the mix needs it; and torch's count of
+    # writes to the parameter.
+    _before: dict[Tensor, tuple[Tensor, Tensor | None, int]] | None = None
 
     def __init__(
-        self,
-        params: Iterable,
-        lr: float | Tensor,
-        rho: float = 0.05,
-        momentum: float = 0.0,
-        weight_decay: float = 0.0,
-        mix: str = "sam",
-        seed: int = 0,
-    ) -> None:
-        self._more_defaults = {"rho": rho, "mix": mix, "mix_progress": 1.0, "seed": seed, "steps": 0}
-        super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
+        self, params: Iterable, lr: float | Tensor, rho: float = 0.05, momentum: float = 0.0, weight_decay: float = 0.0,
+        mix: str = "sam", seed: int = 0,
+    ) -> None:  # fmt: skip
+        own = {"rho": rho, "mix": mix, "mix_progress": 1.0, "seed": seed, "steps": 0}
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay} | own)
 
     def add_param_group(self, param_group: dict) -> None:
-        self.defaults |= vars(self).pop("_more_defaults", {})
         group = self.defaults | param_group
-        _mix(group["mix"])
-        if not 0 <= group["rho"] < float("inf"):
-            raise ValueError(f"rho is {group['rho']!r}: it must be a finite number of at least 0")
+        Mix.parse(group["mix"])
+        for name in ("lr", "rho", "momentum", "weight_decay"):
+            if not 0 <= group[name] < float("inf"):
+                raise ValueError(f"{name} is {group[name]!r}: it must be a finite number of at least 0")
         super().add_param_group(param_group)
-        params = self.param_groups[-1]["params"]
-        self.param_groups[-1]["fused"] = all(
-            p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in params
-        )
 
     def __setstate__(self, state: dict) -> None:  # also what load_state_dict calls
+        for group in state["param_groups"]:
+            if other := [name for name in ("nesterov", "maximize", "dampening") if group.get(name)]:
+                raise ValueError(f"the state is of an optimizer with {other[0]}, which SAM does not have")
+        self._before = {p: kept for p, kept in (self._before or {}).items() if p._version == kept[2]}
         self.restore()
         super().__setstate__(state)
+        for group in self.param_groups:
+            group |= {name: self.defaults[name] for name in self.defaults.keys() - group.keys() - {"differentiable"}}
 
     @torch.no_grad()
     def restore(self) -> None:
         """Between the half-steps, puts the weights back as they were before the first; elsewhere does nothing."""
-        for p, weights in (self._weights or {}).items():
+        for p, (weights, *_) in (self._before or {}).items():
             p.copy_(weights)
-        self._weights = self._gradients = None
+        self._before = None
 
     @torch.no_grad()
     def first_step(self) -> None:
         """Moves the weights to the ascent point and clears the gradients. Call after the first backward pass."""
-        if self._weights is not None:
+        if self._before is not None:
             raise RuntimeError("first_step was called twice: call second_step after the second backward pass")
-        groups = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
-        norm = torch.nn.utils.get_total_norm([p.grad for _, params in groups for p in params])
-        self._weights = {p: p.clone() for _, params in groups for p in params}
-        self._gradients = {}
+        groups = [(group, _moving(group)) for group in self.param_groups]
+        norm = get_total_norm([p.grad for _, params in groups for p in params])
+        self._before = {}
         for group, params in groups:
-            if _mix(group["mix"], group["mix_progress"]).needs_g:
-                self._gradients |= {p: p.grad.clone() for p in params}  # .grad may be a buffer of somebody else's
-            if group["rho"] > 0:
-                scale = _scale(group["rho"], norm)
-                for p in params:
+            keep, scale = _mix(group).needs_g, _ratio(group["rho"], norm)
+            for p in params:
+                before = p.clone(), p.grad.clone() if keep else None  # .grad may be a buffer of somebody else's
+                if group["rho"] > 0:
                     p.addcmul_(p.grad, scale.to(p))
+                self._before[p] = (*before, p._version)
         self.zero_grad(set_to_none=True)
 
     @torch.no_grad()
     def second_step(self) -> None:
         """Puts the weights back and updates them along the mix. Call after the second backward pass."""
-        if self._weights is None:
+        if self._before is None:
             raise RuntimeError("second_step was called without first_step")
-        seen, gradients = self._weights, self._gradients
+        before = self._before
         self.restore()
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is None and p in seen:
+                if p.grad is None and p in before:
                     p.grad = torch.zeros_like(p)
-            mix = _mix(group["mix"], group["mix_progress"])
-            if mix.needs_g:
-                self._mix([p for p in group["params"] if p.grad is not None], gradients, mix, group)
+            mix, params = _mix(group), _moving(group)
+            if mix.needs_g and params:
+                g = [before[p][1] if p in before else torch.zeros_like(p) for p in params]
+                seed = random.Random(f"{group['seed']} {group['steps']}").getrandbits(63)
+                for p, d in zip(params, mix.update(g, [p.grad for p in params], seed), strict=True):
+                    p.grad = d
             group["steps"] += 1
         self._update()
 
-    def _mix(self, params: list[Tensor], gradients: dict[Tensor, Tensor], mix: Mix, group: dict) -> None:
-        generator = None
-        if mix.control == "shuffled" and params:
-            seed = random.Random(f"{group['seed']} {group['steps']}").getrandbits(63)
-            generator = torch.Generator(params[0].device).manual_seed(seed)
-        g = [gradients[p] if p in gradients else torch.zeros_like(p) for p in params]
-        d = [mix.direction(a, p.grad, generator) for a, p in zip(g, params, strict=True)]
-        if mix.control in ("rescaled", "length") and params:
-            along, other = (d, g) if mix.control == "rescaled" else (g, d)
-            scale = _scale(torch.nn.utils.get_total_norm(other), torch.nn.utils.get_total_norm(along))
-            d = [t * scale.to(t) for t in along]
-        for p, t in zip(params, d, strict=True):
-            p.grad = t
-
-    # SGD's rule without torch's wrappers, which would call the hooks of a step a second time.
-    _sgd: Callable = unwrap(torch.optim.SGD.step)
-
+    @torch.optim.Optimizer.profile_hook_step  # a step's hooks, called here also for half-steps by hand
     @torch.no_grad()
     def _update(self) -> None:
-        for group in self.param_groups:  # the fused rule wants one memory layout a parameter, and all buffers or none
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                p.grad = _laid_out(p.grad, p)
-                if group["momentum"]:
-                    buffer = self.state[p].get("momentum_buffer")
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p) if buffer is None else _laid_out(buffer, p)
-        self._sgd()
+        for group in self.param_groups:
+            params, buffers = _moving(group), []
+            for p in params if group["momentum"] else ():
+                buffer = self.state[p].get("momentum_buffer")
+                buffers.append(torch.zeros_like(p) if buffer is None else _like(buffer, p))
+                self.state[p]["momentum_buffer"] = buffers[-1]
+            settings = {name: group[name] for name in ("lr", "momentum", "weight_decay")}
+            settings |= {"dampening": 0.0, "nesterov": False, "maximize": False, "has_sparse_grad": False}
+            sgd(params, [_like(p.grad, p) for p in params], buffers, fused=True, **settings)
         self._opt_called = True  # what a learning rate schedule looks for
 
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
         """Both half-steps around a closure. Only plain SGD (mix "sgd" in every group) can step without one."""
-        second_pass = any(_mix(group["mix"], group["mix_progress"]).second_pass for group in self.param_groups)
-        if closure is None:
-            if second_pass:
-                raise RuntimeError("SAM needs a second gradient: call step(closure), or first_step and second_step")
-            return self._update()
-        with torch.enable_grad():
-            loss = closure()
+        second_pass = any(_mix(group).second_pass for group in self.param_groups)
+        if closure is None and second_pass:
+            raise RuntimeError("SAM needs a second gradient: call step(closure), or first_step and second_step")
+        closure = closure and torch.enable_grad()(closure)
+        loss = closure and closure()
         if not second_pass:
             self._update()
             return loss
-        self.first_step()
         try:
-            with torch.enable_grad():
-                closure()
+            self.first_step()
+            closure()
             self.second_step()
         except BaseException:
             self.restore()
             raise
         return loss
+
+    step.hooked = True  # so torch does not call the hooks here as well

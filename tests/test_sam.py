@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from samlib.models import frozen_statistics
-from samlib.sam import ROW, SAM, SMALL, Mix, mix_gradients_, total_norm
+from samlib.sam import SAM, Mix
 
 SUBSETS = ["".join(s) for n in range(1, 5) for s in itertools.combinations("1234", n)]
 TABLE = {  # design.md, by hand: the eight numbers
@@ -23,6 +23,7 @@ TABLE = {  # design.md, by hand: the eight numbers
     "gain1x2": ((0, 0, 0, 0), (2, 1, 1, 1)),
     "gain4x0.5": ((0, 0, 0, 0), (1, 1, 1, 0.5)),
     "scale3x0.1": ((1, 1, 0.1, 1), (0, 0, 0, 0)),
+    "scale2x0.5": ((1, 0.5, 1, 1), (0, 0, 0, 0)),
     "scale1x0": ((0, 1, 1, 1), (0, 0, 0, 0)),
     "scale2x3": ((1, 3, 1, 1), (0, 0, 0, 0)),
     **{f"checkpoint{s}": (tuple(int(k in s) for k in "1234"), tuple(int(k not in s) for k in "1234")) for s in SUBSETS},
@@ -282,43 +283,6 @@ def test_tiny_and_large_gradients_neither_raise_nor_give_nan(value, shape):
     assert p.isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_norm_is_that_of_all_elements_in_float64(dtype):
-    draw = torch.Generator().manual_seed(0)
-    shapes = [(), (1,), (3, 5), (ROW,), (ROW + 1,), (3 * ROW - 1,), (16, 7, 3, 3), (1536, 1536)]
-    tensors = [torch.randn(shape, generator=draw, dtype=dtype) for shape in shapes]
-    tensors.append(tensors[-2].to(memory_format=torch.channels_last))
-    tensors += [tensors[-2].T, torch.zeros(0, dtype=dtype)]
-    for chosen in (tensors, tensors[:3], tensors[3:4], tensors[-3:], tensors[-1:]):
-        exact = torch.cat([t.double().flatten() for t in chosen]).square().sum().sqrt()
-        norm = total_norm(chosen)
-        assert norm.shape == () and norm.dtype == dtype
-        assert norm.item() == pytest.approx(exact.item(), rel=1e-6 if dtype == torch.float32 else 1e-14)
-    assert total_norm([]) == 0
-    assert total_norm([torch.tensor([1.0, float("nan")])]).isnan()
-
-
-@pytest.mark.parametrize("compile", [False, True])
-def test_small_and_large_tensors_of_several_dtypes_take_the_mix_alike(compile):
-    """Small ones are mixed together, large ones by themselves."""
-    draw = torch.Generator().manual_seed(0)
-    sizes = [1, 7, SMALL, SMALL + 1, 3, 100_000]
-    dtypes = [torch.float32, torch.float64, torch.float32, torch.float32, torch.float64, torch.float64]
-    params = [nn.Parameter(torch.zeros(n, dtype=d)) for n, d in zip(sizes, dtypes, strict=True)]
-    g, g_sam = ([torch.randn(n, generator=draw, dtype=d) for n, d in zip(sizes, dtypes, strict=True)] for _ in "ab")
-    for name in ("checkpoint24", "gain4x0.5"):
-        optimizer = SAM(params, lr=1.0, mix=name, compile=compile)
-        for grads, step in ((g, optimizer.first_step), (g_sam, optimizer.second_step)):
-            for p, gradient in zip(params, grads, strict=True):
-                p.grad = gradient.clone()
-            step()
-        for p, a, b in zip(params, g, g_sam, strict=True):
-            expected = [direction(name, x, y) for x, y in zip(a[:200].tolist(), b[:200].tolist(), strict=True)]
-            torch.testing.assert_close(p.grad[:200], torch.tensor(expected, dtype=p.dtype), rtol=0, atol=0)
-            mix_gradients_(a, alone := b.clone(), Mix.parse(name))
-            assert torch.equal(p.grad, alone)
-
-
 def test_parameters_without_a_gradient_stay_and_have_no_part_in_the_norm():
     used, frozen, unused = (nn.Parameter(torch.tensor([1.0, 2.0])) for _ in range(3))
     frozen.requires_grad_(False)
@@ -462,19 +426,6 @@ LAYOUTS = {
     "transposed": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
     "reversed": lambda t: t.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0),
 }
-
-
-def test_an_update_copies_no_tensor_whatever_its_layout():
-    """torch's fused kernel makes contiguous copies of channels_last tensors where it is given them as they are."""
-    model = nn.Conv2d(8, 8, 3).to(memory_format=torch.channels_last)
-    optimizer = SAM(model.parameters(), lr=0.1, rho=0.05, momentum=0.9)
-    for _ in range(2):
-        for step in (optimizer.first_step, optimizer.second_step):
-            model(torch.randn(2, 8, 5, 5).to(memory_format=torch.channels_last)).square().sum().backward()
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-                step()
-    names = {event.name for event in profile.events()}
-    assert "aten::_fused_sgd_" in names and not names & {"aten::clone", "aten::copy_"}
 
 
 @pytest.mark.parametrize("layouts", itertools.product(LAYOUTS, LAYOUTS, LAYOUTS), ids="-".join)
@@ -673,32 +624,13 @@ def test_memory_beyond_sgds_is_one_copy_and_one_more_only_where_the_mix_needs_g(
         assert held(optimizer) <= (1 + min(most, 1)) * size  # momentum, and the copy of the weights that is kept
 
 
-def test_the_compiled_mix_is_the_eager_one_to_the_bit():
-    values = [0.0, -0.0, 1e-45, -1e-45, 1e-30, -1e-30, 0.5, 1.0, -1.0, 1.5, -1.5, 3e38, float("inf"), -float("inf")]
-    specials = torch.tensor(list(itertools.product(values, values))).T
-    torch.manual_seed(0)
-    pairs = [specials, torch.randn(2, 1001), torch.randn(2, 5, 7), torch.randn(2, 3, 4, 3, 3)]
-    ends = []
-    for compile in (False, True):
-        params = [nn.Parameter(torch.zeros(pair.shape[1:])) for pair in pairs]
-        params[3].data = params[3].data.to(memory_format=torch.channels_last)
-        optimizer = SAM(params, lr=1.0, rho=0.0, mix="checkpoint134", compile=compile)
-        for half, step in enumerate((optimizer.first_step, optimizer.second_step)):
-            for p, pair in zip(params, pairs, strict=True):
-                p.grad = torch.empty_like(p).copy_(pair[half])
-            step()
-        ends.append([p.detach() for p in params])
-    for a, b in zip(*ends, strict=True):
-        assert same(a, b)
-    for got, g, h in zip(ends[1][0].tolist(), *specials.tolist(), strict=True):
-        assert got == -direction("checkpoint134", g, h) or math.isnan(direction("checkpoint134", g, h))
-
-
-def test_a_hook_on_the_step_is_called_once_a_step_also_where_torchs_own_sgd_is_in_use():
+@pytest.mark.parametrize("halves", [False, True])
+def test_a_hook_on_the_step_is_called_once_a_step_also_where_torchs_own_sgd_is_in_use(halves):
     torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)  # from here on its step calls hooks of its own
     w, calls = torch.nn.Parameter(torch.ones(3)), []
     optimizer = SAM([w], lr=0.1, rho=0.05)
-    optimizer.register_step_post_hook(lambda *_: calls.append(1))
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
 
     def closure():
         optimizer.zero_grad()
@@ -706,5 +638,425 @@ def test_a_hook_on_the_step_is_called_once_a_step_also_where_torchs_own_sgd_is_i
         loss.backward()
         return loss
 
-    optimizer.step(closure)
-    assert calls == [1]
+    if halves:
+        for half in (optimizer.first_step, optimizer.second_step):
+            closure()
+            half()
+    else:
+        optimizer.step(closure)
+    assert calls == ["before", "after"]
+
+
+# The controls, in plain numbers: the design's words and nothing of the code
+
+
+CONTROLLED = [
+    f"{control}-{name}"
+    for control in ("shuffled", "rescaled", "length")
+    for name in ("sam", "checkpoint1", "checkpoint134", "scale2x0.5", "gain1x2", "magnitude", "direction", "scale1x0")
+    if (control, name) != ("shuffled", "sam")
+]
+
+
+def length(rows):
+    return math.sqrt(math.fsum(v * v for row in rows for v in row))
+
+
+def warm(name, progress):
+    """The eight numbers on the way from SAM's to the mix's."""
+    a, b = TABLE[name]
+    return [1 + progress * (x - 1) for x in a], [progress * x for x in b]
+
+
+def controlled_oracle(model, data, name, settings, permuted=None, progress=None):
+    """As `oracle`, under a control; permuted(step, tensor, codes of its active parameters): their order under the
+    shuffle; progress(step): of the warm-up."""
+    control, _, mix = name.partition("-") if name.startswith(("shuffled", "rescaled", "length")) else ("", "", name)
+    params = list(model.parameters())
+    velocity = [[0.0] * p.numel() for p in params]
+    for step, (x, y) in enumerate(data):
+        a, b = warm(mix, 1.0 if progress is None else progress(step))
+        g = [t.flatten().tolist() for t in torch.autograd.grad(cross_entropy(model(x), y), params)]
+        w = [p.detach().flatten().tolist() for p in params]
+        statistics = {k: t.clone() for k, t in model.named_buffers()}
+        up = settings["rho"] / length(g)
+        put(params, [[u + up * v for u, v in zip(s, t, strict=True)] for s, t in zip(w, g, strict=True)])
+        h = [t.flatten().tolist() for t in torch.autograd.grad(cross_entropy(model(x), y), params)]
+        for k, t in model.named_buffers():
+            t.copy_(statistics[k])
+        d = []
+        for i in range(len(g)):
+            codes = [code(u, v) for u, v in zip(g[i], h[i], strict=True)]
+            if control == "shuffled":
+                active = [j for j, c in enumerate(codes) if c]
+                order = permuted(step, i, [codes[j] for j in active])
+                assert sorted(order) == sorted(codes[j] for j in active)
+                for j, c in zip(active, order, strict=True):
+                    codes[j] = c
+            d.append([a[max(c, 1) - 1] * v + b[max(c, 1) - 1] * u for c, u, v in zip(codes, g[i], h[i], strict=True)])
+        if control == "rescaled":
+            d = [[v * length(g) / length(d) for v in row] for row in d]
+        if control == "length":
+            d = [[v * length(d) / length(g) for v in row] for row in g]
+        for i in range(len(w)):
+            for j in range(len(w[i])):
+                velocity[i][j] = settings["momentum"] * velocity[i][j] + d[i][j] + settings["weight_decay"] * w[i][j]
+                w[i][j] -= settings["lr"] * velocity[i][j]
+        put(params, w)
+
+
+SETTINGS = {"lr": 0.1, "rho": 0.3, "momentum": 0.9, "weight_decay": 5e-3}
+
+
+@pytest.fixture
+def permutations(monkeypatch):
+    """Every permutation that torch draws, in order."""
+    drawn, draw = [], torch.randperm
+
+    def record(n, **options):
+        drawn.append(draw(n, **options))
+        return drawn[-1]
+
+    monkeypatch.setattr(torch, "randperm", record)
+    return drawn
+
+
+@pytest.mark.parametrize("name", CONTROLLED)
+def test_a_controlled_mix_is_the_obvious_loop_over_8_steps(name, permutations):
+    ours, theirs = network(), network()
+    train(ours, SAM(ours.parameters(), mix=name, **SETTINGS), batches(8))
+    tensors = len(list(theirs.parameters()))
+    assert len(permutations) == (8 * tensors if name.startswith("shuffled") else 0)
+
+    def permuted(step, tensor, codes):  # one permutation a tensor and step, of its active parameters alone
+        return [codes[k] for k in permutations[step * tensors + tensor].tolist()]
+
+    controlled_oracle(theirs, batches(8), name, SETTINGS, permuted)
+    for (k, a), b in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10, msg=lambda m, k=k: f"{name} {k}: {m}")
+
+
+@pytest.mark.parametrize("name", ["shuffled-checkpoint2", "rescaled-sam", "length-sam", "direction"])
+def test_a_controls_norms_and_permutations_are_what_it_says(name):
+    draw = torch.Generator().manual_seed(4)
+    g, h = ([torch.randn(n, generator=draw, dtype=torch.float64) for n in (40, 3, 500)] for _ in "gh")
+    g[2][::5], h[0][::4] = 0, 0
+    mix = Mix.parse(name)
+    d = torch.cat(mix.update(g, h, seed=1))
+    whole_g, whole_h = torch.cat(g), torch.cat(h)
+    if name == "rescaled-sam":  # SAM's direction at SGD's length
+        torch.testing.assert_close(d, whole_h * whole_g.norm() / whole_h.norm())
+    if name == "length-sam":  # SGD's direction at SAM's length
+        torch.testing.assert_close(d, whole_g * whole_h.norm() / whole_g.norm())
+    if name == "direction":  # |g|, with SAM's signs where both are active
+        assert torch.equal(d.abs(), whole_g.abs())
+    if name == "shuffled-checkpoint2":  # g' where the shuffled code is 2, g elsewhere; as many in each tensor as before
+        start = 0
+        for a, b in zip(g, h, strict=True):
+            part, codes = d[start : start + len(a)], [code(u, v) for u, v in zip(a.tolist(), b.tolist(), strict=True)]
+            start += len(a)
+            taken = [t == v and v != u for t, u, v in zip(part.tolist(), a.tolist(), b.tolist(), strict=True)]
+            assert all(t in (u, v) for t, u, v in zip(part.tolist(), a.tolist(), b.tolist(), strict=True))
+            assert sum(taken) == codes.count(2)
+            assert not any(t for t, c in zip(taken, codes, strict=True) if c == 0)
+        assert not torch.equal(d, torch.cat(Mix.parse("checkpoint2").update(g, h)))
+        assert not torch.equal(d, torch.cat(mix.update(g, h, seed=2)))
+        assert torch.equal(d, torch.cat(mix.update(g, h, seed=1)))
+
+
+def test_a_shuffle_puts_each_active_parameter_anywhere_in_its_tensor_with_one_probability():
+    g, h = torch.ones(6), torch.tensor([2.0, 0.5, 2.0, 2.0, 0.0, 2.0])  # one of five active is in checkpoint 2
+    mix, found = Mix.parse("shuffled-scale2x0"), torch.zeros(6)
+    draws = 2000
+    for seed in range(draws):
+        (d,) = mix.update([g], [h], seed)
+        found += (d == 0) & (h != 0)
+    assert found[4] == 0 and found.sum() == draws
+    share = 1 / 5
+    assert (found[[0, 1, 2, 3, 5]] / draws - share).abs().max() < 4 * math.sqrt(share * (1 - share) / draws)
+
+
+def test_the_shuffle_follows_from_seed_and_step_and_not_from_the_global_generator():
+    ends = {}
+    for seed, noise in ((0, 0), (0, 1), (1, 0)):
+        model = network(torch.float32)
+        optimizer = SAM(model.parameters(), mix="shuffled-checkpoint13", seed=seed, **SETTINGS)
+        torch.manual_seed(noise)
+        before = torch.get_rng_state()
+        train(model, optimizer, batches(4, torch.float32))
+        assert torch.equal(torch.get_rng_state(), before)
+        ends[seed, noise] = flat_state(model)
+    assert all(torch.equal(a, b) for a, b in zip(ends[0, 0], ends[0, 1], strict=True))
+    assert not torch.equal(ends[0, 0][0], ends[1, 0][0])
+
+
+def test_the_norms_of_a_control_are_of_its_group_alone():
+    params = [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))]
+    optimizer = SAM([{"params": [p]} for p in params], lr=1.0, rho=0.0, mix="rescaled-sam")
+    for grads, step in (
+        (([3.0, 4.0], [0.0, 1.0]), optimizer.first_step),
+        (([0.0, 1.0], [8.0, 6.0]), optimizer.second_step),
+    ):
+        for p, v in zip(params, grads, strict=True):
+            p.grad = torch.tensor(v)
+        step()
+    torch.testing.assert_close(params[0].detach(), -torch.tensor([0.0, 5.0]))
+    torch.testing.assert_close(params[1].detach(), -torch.tensor([0.8, 0.6]))
+
+
+@pytest.mark.parametrize("name", ["rescaled-scale1x0", "length-sam", "rescaled-direction"])
+def test_controls_of_zero_gradients_are_zero_and_no_nan(name):
+    one, zero = torch.ones(3), torch.zeros(3)
+    for g, h in ((zero, zero), (zero, one), (one, zero), (one, 2 * one), (1e-30 * one, one)):
+        (d,) = Mix.parse(name).update([g], [h])
+        assert d.isfinite().all()
+        if not g.any():
+            assert not d.any()
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("shuffled-sgd", "neither sgd nor a control"),
+        ("rescaled-sgd", "neither sgd nor a control"),
+        ("length-gain1x1", "neither sgd nor a control"),  # sgd by another name
+        ("shuffled-sam", "treats all checkpoints alike"),
+        ("shuffled-checkpoint1234", "treats all checkpoints alike"),
+        ("shuffled-rescaled-checkpoint1", "neither sgd nor a control"),
+        ("length-length-sam", "neither sgd nor a control"),
+        ("shuffled-", "'' is unknown"),
+        ("shuffled", "'shuffled' is unknown"),
+        ("rescaled-none", "'none' is unknown"),
+        ("Rescaled-sam", "'Rescaled-sam' is unknown"),
+        ("sam-rescaled", "'sam-rescaled' is unknown"),
+    ],
+)
+def test_a_control_that_makes_no_sense_is_refused_in_one_sentence(name, words):
+    with pytest.raises(ValueError, match="^mix") as error:
+        Mix.parse(name)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+# The warm-up
+
+
+@pytest.mark.parametrize(
+    "name", ["scale2x0.5", "checkpoint134", "gain1x2", "rescaled-checkpoint2", "shuffled-direction"]
+)
+def test_a_warm_up_goes_linearly_from_sams_numbers(name, permutations):
+    ours, theirs = network(), network()
+    optimizer = SAM(ours.parameters(), mix=name, **SETTINGS)
+    for step, batch in enumerate(batches(6)):
+        optimizer.param_groups[0]["mix_progress"] = min(1.0, step / 4)
+        train(ours, optimizer, [batch])
+    orders = iter(permutations)
+
+    def permuted(step, tensor, codes):
+        return [codes[k] for k in next(orders).tolist()] if step else codes  # SAM at first: nothing to shuffle
+
+    controlled_oracle(theirs, batches(6), name, SETTINGS, permuted, lambda step: min(1.0, step / 4))
+    for a, b in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+def test_saner_warms_its_factor_from_1_to_alpha_and_leaves_the_other_classes_to_sam():
+    factors = [Mix.parse("scale2x0.5").warmed(t) for t in (0.0, 0.5, 1.0)]
+    assert [m.a for m in factors] == [(1, 1, 1, 1), (1, 0.75, 1, 1), (1, 0.5, 1, 1)]
+    assert all(m.b == (0, 0, 0, 0) for m in factors)
+
+
+# What must not happen between the half-steps (and after)
+
+
+@pytest.mark.parametrize("name", [*TABLE, *CONTROLLED])
+def test_rho_zero_gives_sgd_to_the_bit_wherever_the_mix_takes_each_gradient_once(name):
+    mix = Mix.parse(name)
+    once = all(a + b == 1 for a, b in zip(mix.a, mix.b, strict=True)) or (mix.a[0], mix.b[0]) in ((1, 0), (0, 1))
+    ends = []
+    for kind in ({"mix": name, "rho": 0.0}, {"mix": "sgd"}):  # g' = g: every parameter is in class 1, or inactive
+        model = network(torch.float32)
+        optimizer = SAM(model.parameters(), **(SETTINGS | kind))
+        for x, y in batches(6, torch.float32):
+            optimizer.zero_grad()
+            cross_entropy(model(x), y).backward()
+            if kind["mix"] != "sgd":
+                optimizer.first_step()
+                with frozen_statistics(model):
+                    cross_entropy(model(x), y).backward()
+                optimizer.second_step()
+            else:
+                optimizer.step()
+        ends.append(flat_state(model))
+    same_ends = all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+    if name.startswith("shuffled") or not mix.control:
+        assert same_ends == once
+    elif once or mix.control == "rescaled" and mix.a[0] + mix.b[0]:  # the norms cancel, to rounding
+        for a, b in zip(*ends, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sgd", "sam", "checkpoint134", "length-sam", "direction"])
+def test_gradient_buffers_that_the_second_pass_overwrites_change_nothing(name):
+    """As DistributedDataParallel(gradient_as_bucket_view=True) keeps them: .grad is the same memory in every pass."""
+    ends = []
+    for persistent in (False, True):
+        p = nn.Parameter(torch.tensor([1.0, -2.0, 3.0, 0.5]))
+        optimizer, buffer = SAM([p], lr=0.1, rho=0.5, momentum=0.9, mix=name), torch.zeros(4)
+        for _ in range(4):
+            for half in (optimizer.first_step, optimizer.second_step):
+                gradient = torch.autograd.grad((3 * p).sin().sum(), p)[0]
+                p.grad = buffer.copy_(gradient) if persistent else gradient
+                half()
+        ends.append(p.detach())
+    assert torch.equal(*ends)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("name", ["sam", "checkpoint134"])
+def test_an_exception_in_the_second_pass_leaves_weights_and_momentum_as_they_were(error, name):
+    model = network(torch.float32)
+    optimizer = SAM(model.parameters(), mix=name, **SETTINGS)
+    *first, (x, y) = batches(4, torch.float32)
+    train(model, optimizer, first)
+    weights, momentum = flat_state(model), copy.deepcopy(optimizer.state_dict())
+    passes = []
+
+    def closure(fails=True):
+        passes.append(1)
+        if fails and len(passes) == 2:
+            raise error
+        optimizer.zero_grad()
+        with frozen_statistics(model):
+            loss = cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    with pytest.raises(error):
+        optimizer.step(closure)
+    assert all(same(a, b) for a, b in zip(flat_state(model), weights, strict=True))
+    assert optimizer.state_dict()["param_groups"] == momentum["param_groups"]
+    for i, state in optimizer.state_dict()["state"].items():
+        assert same(state["momentum_buffer"], momentum["state"][i]["momentum_buffer"])
+    optimizer.step(lambda: closure(fails=False))  # and it goes on
+
+
+@pytest.mark.parametrize("order", ["optimizer alone", "optimizer first", "model first"])
+def test_a_state_loaded_between_the_half_steps_ends_in_its_own_weights(order):
+    model = network(torch.float32)
+    optimizer = SAM(model.parameters(), **SETTINGS)
+    *data, (x, y) = batches(4, torch.float32)
+    kept, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+    train(model, optimizer, data)
+    before = copy.deepcopy(model.state_dict())
+    cross_entropy(model.eval()(x), y).backward()
+    optimizer.first_step()
+    if order == "model first":
+        model.load_state_dict(kept)
+    optimizer.load_state_dict(state)
+    if order == "optimizer first":
+        model.load_state_dict(kept)
+    expected = before if order == "optimizer alone" else kept
+    assert all(same(a, b) for a, b in zip(model.state_dict().values(), expected.values(), strict=True))
+    with pytest.raises(RuntimeError, match="without first_step"):
+        optimizer.second_step()
+
+
+def test_a_state_of_torchs_sgd_loads_and_keeps_rho_and_mix():
+    settings = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
+    model, plain = network(torch.float32), network(torch.float32)
+    sgd = torch.optim.SGD(plain.parameters(), fused=True, **settings)
+    ours = SAM(model.parameters(), lr=9.0, rho=0.0, mix="checkpoint2")
+    data = list(batches(6, torch.float32))
+
+    def step(x, y):
+        sgd.zero_grad()
+        cross_entropy(plain(x), y).backward()
+        sgd.step()
+
+    for batch in data[:3]:
+        step(*batch)
+    model.load_state_dict(plain.state_dict())
+    ours.load_state_dict(copy.deepcopy(sgd.state_dict()))  # torch would share the buffers
+    (group,) = ours.param_groups
+    assert (group["rho"], group["mix"], group["lr"], group["momentum"]) == (0.0, "checkpoint2", 0.1, 0.9)
+    for batch in data[3:]:
+        step(*batch)
+    train(model, ours, data[3:])
+    assert all(torch.equal(a, b) for a, b in zip(flat_state(model), flat_state(plain), strict=True))
+
+
+@pytest.mark.parametrize("option", [{"nesterov": True}, {"maximize": True}, {"dampening": 0.5}], ids=str)
+def test_a_state_of_a_rule_that_sam_does_not_have_is_refused(option):
+    p = nn.Parameter(torch.ones(2))
+    other = torch.optim.SGD([p], lr=0.1, momentum=0.9, **option).state_dict()
+    with pytest.raises(ValueError, match=f"an optimizer with {next(iter(option))}, which SAM does not have"):
+        SAM([p], lr=0.1).load_state_dict(other)
+
+
+@pytest.mark.parametrize("name", ["sam", "sgd", "checkpoint2"])
+def test_a_sparse_gradient_is_refused_before_anything_moves(name):
+    table = nn.Embedding(5, 3, sparse=True)
+    optimizer = SAM(table.parameters(), lr=0.1, mix=name)
+    before = table.weight.detach().clone()
+    table(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(RuntimeError, match="dense gradients only"):
+        optimizer.first_step() if name != "sgd" else optimizer.step()
+    assert same(table.weight, before)
+
+
+def test_a_gradient_scaler_steps_sgd_as_torchs_and_is_told_what_sam_needs():
+    ends = []
+    for make in (lambda p: SAM(p, lr=0.1, momentum=0.9, mix="sgd"), lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)):
+        model, scaler = network(torch.float32), torch.amp.GradScaler("cpu")
+        optimizer = make(model.parameters())
+        for x, y in batches(3, torch.float32):
+            optimizer.zero_grad()
+            scaler.scale(cross_entropy(model(x), y)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        ends.append(flat_state(model))
+    for a, b in zip(*ends, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    model, scaler = network(torch.float32), torch.amp.GradScaler("cpu")
+    optimizer = SAM(model.parameters(), lr=0.1)
+    scaler.scale(cross_entropy(model(x), y)).backward()
+    with pytest.raises(RuntimeError, match="call step\\(closure\\), or first_step and second_step"):
+        scaler.step(optimizer)
+
+
+@pytest.mark.parametrize("name", ["sam", "checkpoint134", "sgd"])
+def test_weights_whose_dtype_changes_in_the_middle_of_training_go_on_in_it(name):
+    model, whole = network(torch.float32), network(torch.float32).double()
+    optimizer, other = (SAM(m.parameters(), mix=name, **SETTINGS) for m in (model, whole))
+    data = [(x.float().double(), y) for x, y in batches(6)]
+    train(model, optimizer, [(x.float(), y) for x, y in data[:3]])
+    train(model.double(), optimizer, data[3:])
+    train(whole, other, data)
+    for a, b in zip(model.state_dict().values(), whole.state_dict().values(), strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [*TABLE, "rescaled-sam", "shuffled-checkpoint2", "length-direction"])
+@pytest.mark.parametrize("half", ["first", "second"])
+def test_a_nan_gradient_shows_as_a_nan(name, half):
+    if name == "sgd" and half == "second":
+        return
+    p = nn.Parameter(torch.ones(3))
+    optimizer = SAM([p], lr=0.1, rho=0.5, mix=name)
+    bad = torch.tensor([1.0, math.nan, 2.0])
+    p.grad = bad.clone() if half == "first" else torch.ones(3)
+    optimizer.first_step()
+    assert bool(p.isnan().any()) == (half == "first")
+    p.grad = 0.5 * p.detach() if half == "first" else bad.clone()  # a gradient that depends on the weights
+    optimizer.second_step()
+    assert p.isnan().any()
+
+
+def test_the_norm_of_millions_of_gradients_is_theirs_to_one_part_in_ten_thousand():
+    draw = torch.Generator().manual_seed(0)
+    p = nn.Parameter(torch.zeros(3_000_000))
+    optimizer = SAM([p], lr=0.1, rho=1.0)
+    p.grad = torch.randn(3_000_000, generator=draw) * 1e-3
+    optimizer.first_step()
+    assert p.detach().double().norm().item() == pytest.approx(1.0, rel=1e-4)
