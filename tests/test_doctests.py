@@ -6,9 +6,9 @@ import pytest
 
 import samlib
 
-MODULES = [info.name for info in pkgutil.iter_modules(samlib.__path__) if info.name != "__main__"]
+MODULES = [i.name for i in pkgutil.walk_packages(samlib.__path__, "samlib.") if not i.name.endswith("__main__")]
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_the_examples_in_the_docstrings_are_true(name):
-    assert doctest.testmod(importlib.import_module(f"samlib.{name}")).failed == 0
+    assert doctest.testmod(importlib.import_module(name)).failed == 0

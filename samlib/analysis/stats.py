@@ -83,7 +83,7 @@ class Estimate:
 
 
 def mean_interval(values: Iterable[float], resolution: float = 0.0, unit: str = "", signed: bool = False) -> Estimate:
-    """The mean of the values that are not NaN, which count as `left_out`, and its t interval, mean ± t_{n-1} s / sqrt(n).
+    """The mean of the values, NaN ones apart, which count as `left_out`; t interval, mean ± t_{n-1} s / sqrt(n).
 
     resolution: of one value, 1 / test images for an accuracy; the half-width is never below it, since runs that agree
     to the last image say nothing finer than an image. No interval for n = 1, no value for n = 0.

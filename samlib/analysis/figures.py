@@ -1,0 +1,164 @@
+"""What all figures share: style, one look a mix, caption, alternative text, and the one way to save and to show.
+
+A figure function takes tables and returns a Figure; figures_regimes, figures_geometry and figures_ablation hold them.
+"""
+
+import re
+import textwrap
+from html import escape
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import PIL.Image
+import seaborn as sns
+from IPython.display import Image
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from samlib import PROJECT
+from samlib.analysis.results import CONTROLS, mix_name, mix_order
+from samlib.config import UserError
+
+WIDTH = 9.0  # inches: the most that a notebook shows at its full size
+SMALLEST = 8.0  # points
+DPI = 110
+GREY = "#555555"
+# One look a meaning, everywhere: colour (Okabe and Ito's palette), line and marker, each telling the mixes apart alone.
+LOOKS = {
+    "sgd": ("#000000", "-", "o"),
+    "sam": ("#D55E00", "--", "s"),
+    "scale2x0.5": ("#009E73", "-.", "^"),
+    "checkpoint1": ("#0072B2", (0, (5, 1)), "D"),
+    "checkpoint2": ("#56B4E9", ":", "v"),
+    "checkpoint3": ("#E69F00", (0, (3, 1, 1, 1)), "P"),
+    "checkpoint4": ("#CC79A7", (0, (1, 1)), "X"),
+    "checkpoint134": ("#7A5195", (0, (8, 2, 2, 2)), "<"),
+    "inactive": ("#999999", "-", "."),
+}
+OTHERS = ("#8C6D31", "#637939", "#843C39", "#3182BD")
+DOCUMENT = {"color": "#009E73", "marker": "D", "markerfacecolor": "none", "linestyle": ""}  # a document's own number
+
+
+def style() -> None:
+    """The style of all figures; `figure` sets it."""
+    sns.set_theme(context="paper", style="whitegrid")
+    sizes = dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize", "legend.title_fontsize"), SMALLEST)
+    sizes |= {"font.size": 9, "axes.labelsize": 9, "axes.titlesize": 9, "figure.titlesize": 10}
+    plt.rcParams.update(sizes | {"figure.dpi": DPI, "savefig.dpi": DPI, "figure.constrained_layout.use": True})
+    plt.rcParams.update({"svg.hashsalt": "samlib", "axes.titlelocation": "left", "legend.frameon": False})
+
+
+def look(mix: str, **changes: Any) -> dict[str, Any]:
+    """Colour, line and marker of a mix (or "inactive"), as keywords of Axes.plot and Axes.errorbar, with its name as
+    `label`. A control looks like its mix with hollow markers and a thin line."""
+    control, _, rest = mix.partition("-")
+    base = rest if control in CONTROLS else mix
+    color, line, marker = LOOKS.get(base) or (OTHERS[sum(map(ord, base)) % len(OTHERS)], "-", "h")
+    label = mix_name(mix) if mix != "inactive" else mix
+    found = {"color": color, "linestyle": line, "marker": marker, "label": label, "markersize": 5, "linewidth": 1.6}
+    return found | ({"markerfacecolor": "none", "linewidth": 0.8} if base != mix else {}) | changes
+
+
+def figure(
+    rows: int = 1, columns: int = 1, height: float = 3.2, width: float = WIDTH, **options: Any
+) -> tuple[Figure, Any]:
+    """A figure and its axes, (rows, columns) always. height, width: inches, at most WIDTH wide."""
+    style()
+    return plt.subplots(rows, columns, figsize=(min(width, WIDTH), height), squeeze=False, **options)
+
+
+def describe(figure: Figure, alt: str, caption: str = "") -> Figure:
+    """Gives the figure its alternative text, a sentence that says what is to be seen, and a caption line under it: the
+    dataset, n, ρ and how it was chosen (Results.caption)."""
+    figure.set_label(" ".join(alt.split()))
+    if caption:
+        text = textwrap.fill(caption, int(18 * figure.get_figwidth()))
+        figure.supxlabel(text, x=0.01, ha="left", fontsize=SMALLEST, color=GREY)
+    return figure
+
+
+def panel_title(axes: Axes, text: str) -> None:
+    axes.set_title(text, loc="left", fontsize=9)
+
+
+def legend(figure: Figure, axes: Axes | None = None, columns: int = 4) -> None:
+    """One legend for all panels, above them; each label once, in the order of mixes. axes: those to look at, or all."""
+    found = {}
+    for panel in [axes] if axes is not None else figure.axes:
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    if found:
+        figure.legend(found.values(), found.keys(), loc="outside upper left", ncols=columns, frameon=False)
+
+
+def png(figure: Figure) -> bytes:
+    """The figure in 256 colours: a third of the usual size, and no difference to be seen."""
+    full, small = BytesIO(), BytesIO()
+    figure.savefig(full, format="png", dpi=DPI)
+    PIL.Image.open(full).convert("RGB").quantize(256).save(small, "PNG", optimize=True, dpi=(DPI, DPI))
+    return small.getvalue()
+
+
+def svg(figure: Figure) -> bytes:
+    """The figure with its alternative text as the SVG's <title> and <desc>, the same bytes for the same figure."""
+    content, alt = BytesIO(), figure.get_label()
+    figure.savefig(content, format="svg", metadata={"Date": None, "Creator": None})
+    about = f"<title>{escape(alt.split('. ')[0])}</title>\n <desc>{escape(alt)}</desc>"
+    text = content.getvalue().decode()
+    return re.sub(r"(<svg [^>]*)>", lambda tag: f'{tag[1]} role="img">\n {about}', text, count=1).encode()
+
+
+def save(figure: Figure, name: str, folder: str | Path, alt: str | None = None) -> Figure:
+    """Writes `folder/name.svg` and `folder/name.png` and returns the figure. alt: where `describe` gave none.
+
+    A relative folder is the project's. Raises UserError where it cannot be written, ValueError where there is no
+    alternative text.
+    """
+    if alt:
+        describe(figure, alt)
+    if not figure.get_label():
+        raise ValueError(f"{name}: a figure needs alternative text")
+    folder = PROJECT / folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for suffix, content in (("svg", svg(figure)), ("png", png(figure))):
+            (folder / f"{name}.{suffix}").write_bytes(content)
+    except OSError as error:
+        raise UserError(f"{folder / name}: the figure cannot be written ({error.strerror})") from None
+    return figure
+
+
+def show(figure: Figure) -> Image:
+    """The figure as a notebook's one picture of it, at its own size and with its alternative text; closes it."""
+    content = png(figure)
+    plt.close(figure)
+    return Image(content, format="png", alt=figure.get_label(), width=int(96 * figure.get_figwidth()))
+
+
+def faults(figure: Figure) -> list[str]:
+    """What a reader could not read: text below SMALLEST points, text off the frame, a figure wider than WIDTH."""
+    figure.canvas.draw()
+    found = [] if figure.get_figwidth() <= WIDTH else [f"it is {figure.get_figwidth()} inches wide"]
+    marks = [
+        tick for axes in figure.axes for axis in (axes.xaxis, axes.yaxis) for tick in axis.majorTicks + axis.minorTicks
+    ]
+    ticks = {label for tick in marks for label in (tick.label1, tick.label2)}
+    for text in figure.findobj(Text):
+        words = text.get_text().strip()
+        if not words or not text.get_visible():
+            continue
+        if text.get_fontsize() < SMALLEST:
+            found.append(f"{words!r} has {text.get_fontsize():g} points")
+        box, frame = text.get_window_extent(), figure.bbox
+        outside = box.x0 < -1 or box.y0 < -1 or box.x1 > frame.x1 + 1 or box.y1 > frame.y1 + 1
+        if outside and text not in ticks:  # there are ticks beyond the limits, never drawn
+            found.append(f"{words!r} is off the frame")
+    return found
+
+
+def in_order(mixes: Any) -> list[str]:
+    """The mixes, each once, in the order of every table and figure."""
+    return sorted(set(mixes), key=mix_order)

@@ -1,0 +1,56 @@
+import re
+
+import numpy as np
+import pytest
+
+from samlib.analysis import figures
+
+
+def drawn(caption="digits; ρ = 0.1; 3 seeds"):
+    figure, axes = figures.figure(1, 2, height=2.4)
+    for mix in ("sgd", "sam", "scale2x0.5", "shuffled-scale2x0.5"):
+        axes[0, 0].plot(range(3), np.arange(3) + len(mix), **figures.look(mix))
+    figures.panel_title(axes[0, 0], "test accuracy, %")
+    figures.legend(figure)
+    return figures.describe(figure, "Curves of SGD, SAM & SANER. They rise.", caption)
+
+
+def test_a_saved_figure_is_svg_and_png_with_its_alternative_text(tmp_path):
+    figures.save(drawn(), "a", tmp_path)
+    text = (tmp_path / "a.svg").read_text()
+    assert "<title>Curves of SGD, SAM &amp; SANER</title>" in text
+    assert "<desc>Curves of SGD, SAM &amp; SANER. They rise.</desc>" in text and 'role="img">' in text
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    figures.save(drawn(), "b", tmp_path)
+    assert (tmp_path / "b.svg").read_text() == text  # no date, no random ids
+
+
+def test_a_figure_without_alternative_text_is_not_saved(tmp_path):
+    figure, _ = figures.figure()
+    with pytest.raises(ValueError, match="alternative text"):
+        figures.save(figure, "a", tmp_path)
+    figures.save(figure, "a", tmp_path, alt="Empty axes")
+    assert "<desc>Empty axes</desc>" in (tmp_path / "a.svg").read_text()
+
+
+def test_a_shown_figure_carries_its_alternative_text_and_is_small():
+    data, metadata = figures.show(drawn())._repr_mimebundle_()
+    assert metadata["image/png"]["alt"] == "Curves of SGD, SAM & SANER. They rise."
+    assert metadata["image/png"]["width"] == 864 and len(data["image/png"]) < 100_000
+
+
+def test_a_figure_is_readable_and_what_is_not_is_named():
+    assert figures.faults(drawn("a caption much longer than one line; " * 8)) == []
+    figure = drawn()
+    figure.text(0.99, 0.5, "too far right", fontsize=9)
+    figure.text(0.5, 0.5, "tiny", fontsize=6)
+    assert figures.faults(figure) == ["'too far right' is off the frame", "'tiny' has 6 points"]
+
+
+def test_mixes_are_told_apart_without_colour():
+    looks = [figures.look(mix) for mix in figures.LOOKS]
+    for key in ("color", "linestyle", "marker"):
+        assert len({str(look[key]) for look in looks if look["label"] != "inactive"}) == len(looks) - 1
+    control = figures.look("shuffled-scale2x0.5")
+    assert control["marker"] == figures.look("scale2x0.5")["marker"] and control["markerfacecolor"] == "none"
+    assert re.fullmatch("SANER, shuffled", control["label"])

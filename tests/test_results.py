@@ -1,0 +1,140 @@
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from fake_runs import write_run, write_study
+from scipy import stats
+
+from samlib.analysis.results import NotMeasured, chosen_rho, estimates, load, mix_name, mix_order, pairs
+from samlib.config import UserError
+from samlib.study import Study
+
+GRID = {"mix": ["sgd", "sam", "scale2x0.5"], "rho": [0.1, 0.2], "seed": [0, 1, 2], "data_fraction": [0.1, 1.0]}
+
+
+def accuracy(config) -> float:
+    """By hand: SAM gains (1 + seed) / 100 at ρ 0.1, the same less 0.1 at 0.2; SGD's depends on seed and data alone."""
+    value = 0.8 + 0.1 * config.data_fraction - 0.01 * config.seed
+    if config.mix == "sam":
+        value += (1 + config.seed) / 100 - 0.1 * (config.rho == 0.2)
+    return value
+
+
+@pytest.fixture
+def results(tmp_path):
+    study = Study.load(write_study(tmp_path / "s.yaml", {"main": GRID, "other": {"mix": "sam", "rho": 0.1, "seed": 9}}))
+    for config in study.configs():
+        if config.mix == "scale2x0.5" and config.seed == 2:
+            continue  # missing
+        failed = config.mix == "sam" and config.rho == 0.2 and config.seed == 1
+        numbers = (
+            dict.fromkeys(("test_accuracy", "eval_train_accuracy")) if failed else {"test_accuracy": accuracy(config)}
+        )
+        rows = {
+            "sharpness": [
+                {"epoch": e, "measure": "random", "labels": "trained", "value": e * config.rho} for e in (1, 2)
+            ]
+        }
+        write_run(tmp_path / "runs", config, rows, "diverged" if failed else "done", **numbers)
+    return load(study, tmp_path / "runs")
+
+
+def test_a_difference_is_the_paired_t_test_at_the_same_rho_and_setting(results):
+    gain = results.differences("sam", "sgd", by=("rho", "data_fraction"))
+    reference = stats.ttest_1samp([0.01, 0.02, 0.03], 0).confidence_interval(0.95)
+    e = gain[0.1, 1.0]
+    assert (e.value, e.low, e.high, e.n) == pytest.approx((0.02, reference.low, reference.high, 3))
+    assert str(e) == "+2.0 ± 2.5 points (n=3)" and set(gain.index) == {(r, d) for r in (0.1, 0.2) for d in (0.1, 1.0)}
+
+
+def test_a_diverged_or_a_missing_partner_is_left_out_and_counted(results):
+    assert results.differences("sam", "sgd", by=("rho", "data_fraction"))[0.2, 1.0].n == 2
+    assert results.differences("sam", "sgd", by=("rho", "data_fraction"))[0.2, 1.0].left_out == 1
+    saner = results.differences("scale2x0.5", "sam", by=("rho",))
+    assert (saner[0.1].n, saner[0.1].left_out) == (4, 2)  # both data fractions; seed 2 is missing
+    assert (saner[0.2].n, saner[0.2].left_out) == (2, 4)  # and seed 1 of SAM diverged
+
+
+def test_a_run_that_has_no_partner_in_the_plan_is_none_of_the_pairs(results):
+    assert set(results.pairs("sam", "sgd").seed) == {0, 1, 2}
+
+
+def test_an_accuracys_resolution_is_one_test_image(results):
+    frame = results.pairs("scale2x0.5", "sgd")
+    assert estimates(frame, "difference", ("rho",))[0.1].half == pytest.approx(1 / 1000)
+
+
+def test_runs_keep_the_diverged_ones_and_name_what_is_missing(results):
+    runs = results.runs("main")
+    assert len(runs) == 32 and (runs.status == "diverged").sum() == 2
+    assert runs.test_accuracy[runs.status == "diverged"].isna().all() and runs.gap.max() < 0.5
+    assert len(results.missing) == 4 and len(results.diverged) == 2
+    assert results.state.startswith("33 of 37 runs are finished; 2 diverged: digits-")
+
+
+def test_partners_may_differ_in_what_is_named_and_in_what_is_measured(tmp_path):
+    grids = {
+        "a": {"mix": "sam", "seed": [0, 1, 2], "epochs": 5},
+        "b": {"mix": "sgd", "seed": [0, 1, 2], "epochs": 10, "eval_every": 5},
+    }
+    study = Study.load(write_study(tmp_path / "s.yaml", grids))
+    for config in study.configs():
+        write_run(tmp_path / "runs", config, test_accuracy=0.9 if config.mix == "sam" else 0.8)
+    results = load(study, tmp_path / "runs")
+    assert results.pairs("sam", "sgd").empty
+    assert results.pairs("sam", "sgd", but=("epochs",)).difference.tolist() == pytest.approx([0.1] * 3)
+    assert len(results.pairs({"mix": "sam", "epochs": 5}, {"mix": "sgd", "epochs": 10})) == 3
+
+
+def test_a_run_with_two_different_partners_is_refused(results):
+    with pytest.raises(ValueError, match="holds too much"):
+        results.pairs("sam", "sgd", but=("seed",))
+
+
+def test_a_table_carries_its_runs_fields_and_last_its_last_epoch(results):
+    rows = results.table("sharpness", "other")
+    assert rows[["mix", "rho", "seed"]].drop_duplicates().values.tolist() == [["sam", 0.1, 9]]
+    last = results.last("sharpness", "main")
+    assert (last.epoch == 2).all() and last.index.is_unique
+    at = pairs(last, "sam", "scale2x0.5", "value", also=("measure", "labels"))
+    assert at.difference.eq(0).all() and len(at) == 8
+
+
+def test_what_no_run_has_is_said_in_a_sentence(results, tmp_path):
+    with pytest.raises(NotMeasured, match="has the table 'noise'"):
+        results.table("noise")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="has none of the 37 runs"):
+        load(results.study, tmp_path / "empty")
+    with pytest.raises(UserError, match="there is no grid 'x'"):
+        load(results.study, tmp_path / "runs", "x")
+
+
+def test_relative_paths_are_the_callers_and_else_the_projects(results, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert len(load("s.yaml", "runs", ["other"]).runs()) == 1
+    assert load("studies/quick.yaml").study.name == "quick"
+
+
+def test_rho_is_chosen_on_held_out_training_images_alone():
+    rows = [
+        ("sam", r, "done", v, t) for r, v, t in ((0.1, 0.8, 0.9), (0.1, 0.8, 0.9), (0.2, 0.82, 0.1), (0.2, 0.8, 0.1))
+    ]
+    frame = pd.DataFrame(rows, columns=["mix", "rho", "status", "validation_accuracy", "test_accuracy"])
+    assert chosen_rho(frame)[""] == 0.2
+    assert math.isnan(chosen_rho(frame.assign(validation_accuracy=np.nan))[""])
+    assert chosen_rho(frame[frame.rho == 0.1].assign(validation_accuracy=np.nan))[""] == 0.1
+
+
+def test_the_caption_names_dataset_flips_model_rho_and_seeds(results):
+    assert results.caption("main", note="every ρ shown") == (
+        "made-up digits; 10, 100 % of the training images; resnet18 of width 64; ρ = 0.1, 0.2; 3 seeds; every ρ shown"
+    )
+
+
+def test_saner_has_its_name_everywhere():
+    assert mix_name("scale2x0.5") == "SANER" and mix_name("shuffled-scale2x0.5") == "SANER, shuffled"
+    mixes = ["gain1x2", "checkpoint12", "checkpoint1", "shuffled-checkpoint1", "scale2x0.5", "sam", "sgd"]
+    ordered = ["sgd", "sam", "scale2x0.5", "checkpoint1", "shuffled-checkpoint1", "checkpoint12", "gain1x2"]
+    assert sorted(mixes, key=mix_order) == ordered
