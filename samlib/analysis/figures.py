@@ -75,7 +75,7 @@ def describe(figure: Figure, alt: str, caption: str = "") -> Figure:
     dataset, n, ρ and how it was chosen (Results.caption)."""
     figure.set_label(" ".join(alt.split()))
     if caption:
-        text = textwrap.fill(caption, int(18 * figure.get_figwidth()))
+        text = textwrap.fill(caption, int(16 * figure.get_figwidth()))
         figure.supxlabel(text, x=0.01, ha="left", fontsize=SMALLEST, color=GREY)
     return figure
 
