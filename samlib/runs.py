@@ -11,8 +11,8 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from numbers import Number
+from pathlib import Path
 from typing import Any
 
 import filelock
@@ -146,6 +146,14 @@ class Run:
         }
         write_atomic(self.folder / "config.json", json.dumps(origin, indent=1).encode())
 
+    @property
+    def described(self) -> bool:
+        """Whether there is a config.json, and it is this run's."""
+        try:
+            return bool(_origin(self.folder))
+        except UserError:
+            return False
+
     def append(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
         """Rows for a table. Raises ValueError for a row of other columns than the rows before it."""
         table = self.rows.setdefault(name, [])
@@ -257,7 +265,7 @@ def _origin(folder: Path) -> dict[str, Any]:
     if not isinstance(origin.get("config"), dict):
         raise UserError(f"{folder} is not a run of this project; move it away, or remove it and run it again")
     if origin.get("run_id") != folder.name:
-        raise UserError(f"{folder} holds the run {origin.get('run_id')!r:.200}; rename the folder to that, or remove it")
+        raise UserError(f"{folder} holds the run {origin.get('run_id')!r:.200}; rename the folder so, or remove it")
     return origin
 
 

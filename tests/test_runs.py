@@ -2,6 +2,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import random
 import time
 from pathlib import Path
 
@@ -10,20 +11,27 @@ import pytest
 import torch
 
 from samlib.config import RunConfig, UserError
-from samlib.runs import TABLES, Run, Table, finished, load_runs, load_table, write_atomic
+from samlib.runs import DIGEST, TABLES, Run, finished, load_runs, load_table, write_atomic
 
 CONFIG = RunConfig(dataset="digits", mix="sam", seed=3)
 FORK = multiprocessing.get_context("fork")
+DATA = "fingerprint of some data"
 
 
 def a_run(root, seed=3, **summary) -> Run:
     """A finished run of two evaluations, without training one."""
     run = Run(CONFIG.model_copy(update={"seed": seed}), root)
     with run.lock():
-        run.write_config()
+        run.write_config(DATA)
         run.append("metrics", ({"epoch": e, "step": 10 * e, "test_accuracy": 0.5 + 0.1 * e} for e in (1, 2)))
         run.finish({"status": "done", "test_accuracy": 0.7} | summary)
     return run
+
+
+def load(run: Run, data: str = DATA) -> dict | None:
+    """The state that a run goes on from; None where it starts anew."""
+    found = []
+    return found[0] if run.load_state(found.append, data) else None
 
 
 def digest(root: Path) -> str:
@@ -77,16 +85,45 @@ def test_a_table_comes_back_as_it_was_written_to_the_last_bit(tmp_path):
     ]
     run = Run(CONFIG, tmp_path)
     with run.lock():
+        run.write_config(DATA)
         run.append("layers", rows)
         run.write_tables()
     pd.testing.assert_frame_equal(run.table("layers"), pd.DataFrame(rows), check_exact=True, check_dtype=False)
 
 
-def test_a_row_with_other_columns_is_an_error():
-    table = Table()
-    table.append({"a": 1, "b": 2})
-    with pytest.raises(ValueError, match="columns"):
-        table.append({"b": 2, "a": 1})
+def test_a_row_with_other_columns_is_an_error(tmp_path):
+    run = Run(CONFIG, tmp_path)
+    run.append("metrics", [{"a": 1, "b": 2}])
+    for row in ({"a": 1}, {"a": 1, "b": 2, "c": 3}, {"a": 1, "c": 2}):
+        with pytest.raises(ValueError, match="metrics: a row has the columns .*, the table \\['a', 'b'\\]"):
+            run.append("metrics", [row])
+
+
+def test_tables_of_a_resumed_run_have_the_bytes_of_one_that_never_stopped(tmp_path):
+    rows = [
+        {
+            "epoch": k,
+            "step": 7 * k,
+            "value": 1 / (k + 1) if k % 3 else float("nan"),
+            "name": f"layer, {k}",
+            "ü": k % 2 == 0,
+        }
+        for k in range(6)
+    ]
+    files = []
+    for stops in ((), (1, 2, 4)):
+        run = Run(CONFIG, tmp_path / str(len(stops)))
+        with run.lock():
+            for k, row in enumerate(rows):
+                run.append("layers", [row])
+                run.save_state({"data": DATA})
+                if k in stops:
+                    run.append("layers", [row])  # lost with the process
+                    run = Run(CONFIG, run.root)
+                    assert load(run)
+            run.finish({"status": "done"})
+        files.append((run.folder / "layers.csv").read_bytes())
+    assert files[0] == files[1] and files[0].count(b"\n") == 7
 
 
 def test_a_run_without_a_table_has_no_rows_of_it(tmp_path):
@@ -102,59 +139,74 @@ def saved(root, *steps) -> Run:
     run = Run(CONFIG, root)
     with run.lock():
         for step in steps:
-            run.append("metrics", {"step": step, "loss": step / 3})
-            run.save_state({"step": step, "weights": torch.full((3,), float(step))})
+            run.append("metrics", [{"step": step, "loss": step / 3}])
+            run.save_state({"step": step, "weights": torch.full((3,), float(step)), "data": DATA})
     return run
 
 
 def test_a_state_comes_back_with_the_rows_that_were_there(tmp_path):
     saved(tmp_path, 1, 2, 3)
     again = Run(CONFIG, tmp_path)
-    state = again.load_state()
+    state = load(again)
     assert state["step"] == 3 and state["weights"].tolist() == [3.0] * 3
-    assert [row.split(",")[0] for row in again.tables["metrics"].rows] == ["1", "2", "3"]
+    assert again.rows == {"metrics": [{"step": k, "loss": k / 3} for k in (1, 2, 3)]}
 
 
 def test_rows_that_are_younger_than_the_state_are_cut_off(tmp_path):
     run = saved(tmp_path, 1, 2)
-    run.append("metrics", {"step": 3, "loss": 1.0})
+    run.append("metrics", [{"step": 3, "loss": 1.0}])
     run.write_tables()
     again = Run(CONFIG, tmp_path)
-    assert again.load_state()["step"] == 2 and len(again.tables["metrics"].rows) == 2
+    assert load(again)["step"] == 2
     again.write_tables()
-    assert again.table("metrics").step.tolist() == [1, 2]
+    assert again.folder.joinpath("metrics.csv").read_text().splitlines()[1:] == ["1,0.3333333333333333", f"2,{2 / 3}"]
+
+
+def test_a_table_that_was_lost_or_damaged_is_written_again_from_the_state(tmp_path):
+    before = (saved(tmp_path, 1, 2).folder / "metrics.csv").read_bytes()
+    for damage in (lambda p: p.unlink(), lambda p: p.write_bytes(b"step\n"), lambda p: p.write_bytes(b"\xff" * 99)):
+        damage(Run(CONFIG, tmp_path).folder / "metrics.csv")
+        again = Run(CONFIG, tmp_path)
+        load(again)
+        again.write_tables()
+        assert (again.folder / "metrics.csv").read_bytes() == before
 
 
 def test_a_table_without_rows_yet_does_not_spoil_the_state(tmp_path):
     run = Run(CONFIG, tmp_path)
     with run.lock():
         run.append("overlaps", [])
-        run.save_state({"step": 1})
-    assert Run(CONFIG, tmp_path).load_state()["step"] == 1
+        run.save_state({"step": 1, "data": DATA})
+    assert load(Run(CONFIG, tmp_path))["step"] == 1 and not (run.folder / "overlaps.csv").exists()
 
 
-def another_version(path):
-    torch.save(torch.load(path, weights_only=True) | {"format": 999}, path)
+def rewritten(path, **fields):
+    """The state with other fields, and a digest that fits."""
+    torch.save(torch.load(path, weights_only=True) | fields, path)
+    signed(path)
 
 
-def another_run(path):
-    torch.save(torch.load(path, weights_only=True) | {"run_id": "another"}, path)
+def signed(path):
+    path.write_bytes(path.read_bytes() + hashlib.sha256(path.read_bytes()).digest())
 
 
 def with_code(path):
-    torch.save({"format": 1, "evil": Path("/")}, path)  # a class: weights_only refuses it
+    torch.save({"format": 2, "evil": Path("/")}, path)  # a class: weights_only refuses it
+    signed(path)
 
 
 UNUSABLE = {
-    "truncated": (lambda p: p.write_bytes(p.read_bytes()[:-200]), ""),
-    "cut to its head": (lambda p: p.write_bytes(p.read_bytes()[:10]), ""),
-    "empty": (lambda p: p.write_bytes(b""), ""),
-    "text": (lambda p: p.write_text("no state"), ""),
-    "another version": (another_version, "it is of another version"),
-    "another run's": (another_run, "it belongs to another"),
-    "a pickle with code": (with_code, ""),
-    "a list": (lambda p: torch.save([1, 2], p), "it is of another version"),
-    "a folder": (lambda p: (p.unlink(), p.mkdir()), ""),
+    "truncated": (lambda p: p.write_bytes(p.read_bytes()[:-200]), "it is damaged"),
+    "cut to its head": (lambda p: p.write_bytes(p.read_bytes()[:10]), "it is damaged"),
+    "empty": (lambda p: p.write_bytes(b""), "it is damaged"),
+    "text": (lambda p: p.write_text("no state"), "it is damaged"),
+    "without a digest": (lambda p: p.write_bytes(p.read_bytes()[:-DIGEST]), "it is damaged, or of another version"),
+    "another version": (lambda p: rewritten(p, format=999), "it is of another version"),
+    "another run's": (lambda p: rewritten(p, run_id="another"), "it belongs to another"),
+    "of other data": (lambda p: rewritten(p, data="other"), "the data have changed since the run was started"),
+    "a pickle with code": (with_code, "eights"),  # torch's own words, of weights_only
+    "a list": (lambda p: (torch.save([1, 2], p), signed(p)), "it is of another version"),
+    "a folder": (lambda p: (p.unlink(), p.mkdir()), "Is a directory"),
 }
 
 
@@ -165,18 +217,59 @@ def test_an_unusable_state_is_set_aside_and_the_one_before_is_used(tmp_path, how
     damage(run.folder / "state.pt")
     again = Run(CONFIG, tmp_path)
     with pytest.warns(UserWarning, match=f"state.pt cannot be used .*{words}.* set aside as state.unusable"):
-        state = again.load_state()
-    assert state["step"] == 2 and len(again.tables["metrics"].rows) == 2
+        state = load(again)
+    assert state["step"] == 2 and [row["step"] for row in again.rows["metrics"]] == [1, 2]
     assert (run.folder / "state.unusable").exists() and not (run.folder / "state.pt").exists()
 
 
-@pytest.mark.parametrize("lost", [1, 3, 8])  # bytes: within the last row, or all of it
-def test_a_state_whose_table_lost_its_last_row_is_not_used(tmp_path, lost):
-    run = saved(tmp_path, 1, 2)
-    (run.folder / "metrics.csv").write_bytes((run.folder / "metrics.csv").read_bytes()[:-lost])
+def flipped(content: bytes, draw: random.Random) -> bytes:
+    at = draw.randrange(len(content))
+    return content[:at] + bytes([content[at] ^ 1 << draw.randrange(8)]) + content[at + 1 :]
+
+
+def zeroed(content: bytes, draw: random.Random) -> bytes:
+    block = draw.choice([k for k in range(0, len(content), 4096) if any(content[k : k + 4096])])
+    return content[:block] + bytes(len(content[block : block + 4096])) + content[block + 4096 :]
+
+
+@pytest.mark.parametrize("damage, times", [(flipped, 40), (zeroed, 15)])
+def test_a_state_with_a_flipped_bit_or_a_zeroed_block_is_never_used(tmp_path, damage, times):
+    run = Run(CONFIG, tmp_path)
+    with run.lock():
+        for step in (1, 2):
+            run.append("metrics", [{"step": step}])
+            run.save_state({"step": step, "weights": torch.randn(20_000), "data": DATA})
+    whole, before = ((run.folder / name).read_bytes() for name in ("state.pt", "state.previous.pt"))
+    draw = random.Random(0)
+    for _ in range(times):
+        (run.folder / "state.pt").write_bytes(damage(whole, draw))
+        with pytest.warns(UserWarning, match="it is damaged"):
+            assert load(Run(CONFIG, tmp_path))["step"] == 1
+        assert (run.folder / "state.previous.pt").read_bytes() == before
+
+
+def test_a_state_that_its_user_does_not_take_is_set_aside_and_the_one_before_is_tried(tmp_path):
+    saved(tmp_path, 1, 2)
+    tried = []
+
+    def use(state):
+        tried.append(state["step"])
+        if state["step"] == 2:
+            raise KeyError("model")
+
+    with pytest.warns(UserWarning, match="cannot be used .*model"):
+        assert Run(CONFIG, tmp_path).load_state(use, DATA)
+    assert tried == [2, 1]
+
+
+def test_on_other_data_the_run_starts_anew_and_says_why(tmp_path):
+    saved(tmp_path, 1, 2)
     again = Run(CONFIG, tmp_path)
-    with pytest.warns(UserWarning, match="metrics.csv holds 1 of its 2 rows"):
-        assert again.load_state()["step"] == 1
+    with pytest.warns(UserWarning) as warned:
+        assert load(again, "other data") is None
+    texts = [str(w.message) for w in warned]
+    assert sum("the data have changed since the run was started" in text for text in texts) == 2
+    assert "starts anew" in texts[-1] and not again.rows
 
 
 def test_with_no_state_left_the_run_starts_anew_and_says_so(tmp_path):
@@ -185,17 +278,17 @@ def test_with_no_state_left_the_run_starts_anew_and_says_so(tmp_path):
         path.write_bytes(b"")
     again = Run(CONFIG, tmp_path)
     with pytest.warns(UserWarning) as warned:
-        assert again.load_state() is None
-    assert "starts anew" in str(warned[-1].message) and len(warned) == 3 and not again.tables
+        assert load(again) is None
+    assert "starts anew" in str(warned[-1].message) and len(warned) == 3 and not again.rows
 
 
 def test_without_any_state_there_is_no_warning(tmp_path, recwarn):
-    assert Run(CONFIG, tmp_path).load_state() is None and not recwarn
+    assert load(Run(CONFIG, tmp_path)) is None and not recwarn
 
 
 def test_a_finished_run_keeps_no_state_and_no_table_of_a_lost_attempt(tmp_path):
     run = saved(tmp_path, 1, 2)
-    (run.folder / "scan.csv").write_text("step\r\n1\r\n")
+    (run.folder / "scan.csv").write_text("step\n1\n")
     with run.lock():
         run.finish({"status": "done"})
     assert sorted(os.listdir(run.folder)) == ["lock", "metrics.csv", "summary.json"]
@@ -300,7 +393,13 @@ DAMAGED = {
     "summary binary": (write("summary.json", b"\x80\x81\xff"), "summary.json cannot be read"),
     "summary a list": (write("summary.json", b"[1]"), "summary.json does not hold a JSON object"),
     "summary nested without end": (write("summary.json", b"[" * 200_000), "summary.json cannot be read"),
-    "summary of something else": (write("summary.json", b"{}"), "is not a run of this project"),
+    "summary of nothing": (write("summary.json", b"{}"), "summary.json is not the summary of a run"),
+    "summary of another state": (write("summary.json", b'{"status": "started"}'), "is not the summary of a run"),
+    "summary of words": (
+        write("summary.json", b'{"status": "done", "test_accuracy": "high"}'),
+        "is not the summary of a run",
+    ),
+    "summary with a list": (write("summary.json", b'{"status": "done", "steps": [3]}'), "is not the summary of a run"),
     "summary a folder": (
         lambda run: ((run.folder / "summary.json").unlink(), (run.folder / "summary.json").mkdir()),
         "summary.json cannot be read",
@@ -308,6 +407,12 @@ DAMAGED = {
     "config missing": (lambda run: (run.folder / "config.json").unlink(), "config.json cannot be read"),
     "config empty": (write("config.json", b""), "config.json cannot be read"),
     "config of something else": (write("config.json", b'{"config": 3}'), "is not a run of this project"),
+    "config of another run": (
+        lambda run: (run.folder / "config.json").write_bytes(
+            (run.folder / "config.json").read_bytes().replace(run.id.encode(), b"another-run")
+        ),
+        "holds the run 'another-run'; rename the folder so, or remove it",
+    ),
     "config null": (write("config.json", b"null"), "config.json does not hold a JSON object"),
 }
 DAMAGED_TABLES = {
@@ -362,8 +467,24 @@ def test_an_unknown_table_is_refused_with_the_known_ones(tmp_path, name):
 
 
 def test_the_summary_of_an_unfinished_run_is_refused(tmp_path):
+    run = saved(tmp_path, 1)
+    with pytest.raises(UserError, match="config.json cannot be read"):
+        _ = run.summary
+    run.write_config(DATA)
     with pytest.raises(UserError, match="summary.json cannot be read"):
-        _ = Run(CONFIG, tmp_path).summary
+        _ = run.summary
+
+
+@pytest.mark.parametrize("read", [lambda run: run.summary, lambda run: run.table("metrics")])
+@pytest.mark.parametrize("load", [load_runs, lambda root: load_table("metrics", root)])
+def test_a_folder_with_the_files_of_another_run_is_refused_by_every_reader(tmp_path, read, load):
+    run, other = a_run(tmp_path, 1), a_run(tmp_path / "elsewhere", 2)
+    for name in ("config.json", "summary.json", "metrics.csv"):
+        (run.folder / name).write_bytes((other.folder / name).read_bytes())
+    for refuse in (lambda: read(run), lambda: load(tmp_path)):
+        with pytest.raises(UserError, match=f"{run.folder} holds the run '{other.id}'"):
+            refuse()
+    assert not run.described and other.described
 
 
 def test_a_thousand_runs_load_in_time_to_work_with(tmp_path):
@@ -372,7 +493,7 @@ def test_a_thousand_runs_load_in_time_to_work_with(tmp_path):
     for k in range(999):
         (folder := tmp_path / f"run-{k}").mkdir()
         for name, content in files.items():
-            (folder / name).write_bytes(content)
+            (folder / name).write_bytes(content.replace(run.id.encode(), folder.name.encode()))
     start = time.perf_counter()
     assert len(load_runs(tmp_path)) == 1000
     loaded = time.perf_counter()
