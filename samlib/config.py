@@ -13,6 +13,9 @@ from samlib.sam import Mix
 class UserError(ValueError):
     """Something the user can mend: its text is one sentence that says what, where, and what to do."""
 
+    def _render_traceback_(self) -> list[str]:  # what IPython shows: the sentence alone
+        return [f"UserError: {self}"]
+
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Every = Annotated[int, Field(ge=0, le=10**9)]
@@ -123,7 +126,7 @@ class RunConfig(BaseModel):
         if self.persistence_steps and not self.probe_every:
             raise ValueError("persistence_steps needs probes: set probe_every to a number of steps above 0")
         if self.probe_rho is not None and not (self.probe_every or self.sharpness_every):
-            raise ValueError("probe_rho is measured by probes and sharpness: set probe_every or sharpness_every above 0")
+            raise ValueError("probe_rho is for probes and sharpness: set probe_every or sharpness_every above 0")
         if self.noise_every and not self.noise_fraction:
             raise ValueError("noise_every needs flipped labels: set noise_fraction above 0, or leave noise_every out")
         if self.mix_warmup and self.mix in ("sgd", "sam"):
@@ -177,7 +180,8 @@ class RunConfig(BaseModel):
 
     def mix_progress(self, epoch: int) -> float:
         """How far the mix is on its way from SAM's numbers (0) to its own (1) in this epoch, counted from 0."""
-        return 1.0 if epoch >= self.mix_warmup * self.epochs else epoch / (self.mix_warmup * self.epochs)
+        warmup = round(self.mix_warmup * self.epochs, 6)  # 0.1 of 30 epochs are 3, not 3 and a rounding error
+        return 1.0 if epoch >= warmup else epoch / warmup
 
     def due(self, every: int, epochs_done: int) -> bool:
         """Whether something measured every so many epochs is measured after this many: also always after the last."""

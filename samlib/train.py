@@ -295,7 +295,7 @@ class Training:
     def resume(self) -> None:
         if not self.run.load_state(self.use, self.data.fingerprint, self.device):
             self.start()  # anew also where a state was half taken
-        elif (self.run.folder / "config.json").exists():
+        elif self.run.described:
             return
         self.run.write_config(self.data.fingerprint)
 

@@ -41,7 +41,7 @@ REFUSED = [
     ("data_seed", 1.5, "valid integer"),
     ("dataset", "mnist", "'digits', 'cifar10', 'cifar100', 'fashion-mnist' or 'imagefolder'"),
     ("dataset", None, "'digits'"),
-    ("model", "../resnet18", "'resnet10', 'resnet18' or 'resnet34'"),
+    ("model", "../resnet18", "'resnet6', 'resnet10', 'resnet18' or 'resnet34'"),
     ("stem", "CIFAR", "'imagenet' or 'cifar'"),
     ("precision", "fp16", "'fp32', 'tf32' or 'bf16'"),
     ("device", "cuda:1", "'auto', 'cpu' or 'cuda'"),
@@ -64,6 +64,15 @@ REFUSED = [
     ("mix", "gain1xnan", "gain<class>x<factor>"),
     ("mix", "gain1x1" + "0" * 400, "up to 1e6"),
     ("mix", "sam/../../x", "known are sgd"),
+    ("mix", "shuffled-sgd", "neither sgd nor a control"),
+    ("mix", "shuffled-sam", "nothing to shuffle"),
+    ("mix", "rescaled-length-sam", "neither sgd nor a control"),
+    ("mix_warmup", 1.5, "less than or equal to 1"),
+    ("mix_warmup", -0.1, "greater than or equal to 0"),
+    ("probe_rho", -0.1, "greater than or equal to 0"),
+    ("validation_fraction", 1, "less than 1"),
+    ("persistence_lags", [0], "greater than or equal to 1"),
+    ("noise_every", -1, "greater than or equal to 0"),
     ("eval_every", 0, "greater than or equal to 1"),
     ("probe_every", -1, "greater than or equal to 0"),
     ("scan_rhos", [], "the grid of rho is empty"),
@@ -138,6 +147,10 @@ def test_what_is_no_mapping_is_refused(values):
 def test_fields_that_do_not_fit_together_are_refused():
     assert "set probe_every" in refusal({"persistence_steps": [3]})
     assert "names a step twice" in refusal({"persistence_steps": [3, 3], "probe_every": 1})
+    assert "set probe_every" in refusal({"probe_rho": 0.1})
+    assert "set noise_fraction above 0" in refusal({"noise_every": 1})
+    for mix in ("sgd", "sam"):
+        assert f"mix_warmup leads from sam to another mix, not to {mix}" in refusal({"mix": mix, "mix_warmup": 0.1})
 
 
 def test_several_mistakes_are_named_in_one_line():
@@ -166,13 +179,20 @@ def test_every_field_at_its_default_is_left_out_and_every_other_one_counts():
         "epochs": 3, "batch_size": 32, "lr": 0.2, "momentum": 0.0, "weight_decay": 0.0, "seed": 1, "data_seed": 1,
         "eval_every": 1, "probe_every": 1, "persistence_window": 3, "threshold_every": 1, "sharpness_every": 1,
         "curvature_every": 1, "scan_every": 1, "scan_rhos": (0.1,), "measure_samples": 16, "precision": "bf16",
-        "compile": True, "graph": False, "deterministic": True, "threads": 2, "device": "cpu", "state_seconds": 1.0,
-        "keep_weights": True,
+        "graph": False, "deterministic": True, "threads": 2, "device": "cpu", "state_seconds": 1.0,
+        "keep_weights": True, "validation_fraction": 0.1, "persistence_lags": (1, 2), "convergence_every": 1,
     }  # fmt: skip
-    assert set(other) | {"persistence_steps"} == set(RunConfig.model_fields)
+    needs = {  # a field that means something beside another alone
+        "persistence_steps": ((2,), {"probe_every": 1}),
+        "probe_rho": (0.2, {"probe_every": 1}),
+        "noise_every": (1, {"noise_fraction": 0.1}),
+        "mix_warmup": (0.25, {"mix": "scale2x0.5"}),
+    }
+    assert other.keys() | needs.keys() == RunConfig.model_fields.keys()
     ids = {RunConfig(**{name: value}).run_id for name, value in other.items()} | {RunConfig().run_id}
     assert len(ids) == len(other) + 1
-    assert RunConfig(probe_every=1, persistence_steps=(2,)).run_id != RunConfig(probe_every=1).run_id
+    for name, (value, beside) in needs.items():
+        assert RunConfig(**beside, **{name: value}).run_id != RunConfig(**beside).run_id
 
 
 def test_one_configuration_has_one_id_however_it_is_written():
@@ -202,6 +222,15 @@ def test_the_learning_rate_is_that_of_cosine_annealing_in_torch():
         assert config.learning_rate(epoch) == pytest.approx(schedule.get_last_lr()[0], rel=1e-12)
         optimizer.step()
         schedule.step()
+
+
+@pytest.mark.parametrize(
+    "epochs, warmup, steps", [(200, 0.25, 50), (30, 0.1, 3), (7, 1.0, 7), (5, 0.0, 0), (10, 1e-9, 0)]
+)
+def test_the_mix_is_warmed_linearly_and_whole_after_its_share_of_the_epochs(epochs, warmup, steps):
+    config = RunConfig(mix="scale2x0.5", epochs=epochs, mix_warmup=warmup)
+    expected = [min(1.0, epoch / steps) if steps else 1.0 for epoch in range(epochs)]
+    assert [config.mix_progress(epoch) for epoch in range(epochs)] == expected
 
 
 def test_due_is_every_so_many_epochs_and_after_the_last():
