@@ -6,7 +6,8 @@ import pytest
 from fake_runs import write_run, write_study
 from scipy import stats
 
-from samlib.analysis.results import NotMeasured, chosen_rho, estimates, load, mix_name, mix_order, pairs
+from samlib import PROJECT
+from samlib.analysis.results import NotMeasured, chosen_rho, estimates, found_path, load, mix_name, mix_order, pairs, trainings
 from samlib.config import UserError
 from samlib.study import Study
 
@@ -51,9 +52,23 @@ def test_a_difference_is_the_paired_t_test_at_the_same_rho_and_setting(results):
 def test_a_diverged_or_a_missing_partner_is_left_out_and_counted(results):
     assert results.differences("sam", "sgd", by=("rho", "data_fraction"))[0.2, 1.0].n == 2
     assert results.differences("sam", "sgd", by=("rho", "data_fraction"))[0.2, 1.0].left_out == 1
-    saner = results.differences("scale2x0.5", "sam", by=("rho",))
-    assert (saner[0.1].n, saner[0.1].left_out) == (4, 2)  # both data fractions; seed 2 is missing
-    assert (saner[0.2].n, saner[0.2].left_out) == (2, 4)  # and seed 1 of SAM diverged
+    saner = results.differences("scale2x0.5", "sam", by=("rho", "data_fraction"))
+    assert (saner[0.1, 0.1].n, saner[0.1, 0.1].left_out) == (2, 1)  # seed 2 is missing
+    assert (saner[0.2, 0.1].n, saner[0.2, 0.1].left_out) == (1, 2)  # and seed 1 of SAM diverged
+
+
+def test_the_same_training_twice_is_one_run(results):
+    study = results.runs("main").query("mix == 'sgd'")
+    assert len(study) == 12 and len(trainings(study)) == 6
+    means = estimates(trainings(study), "test_accuracy", ("mix", "data_fraction"))
+    reference = stats.ttest_1samp([0.9, 0.89, 0.88], 0).confidence_interval(0.95)
+    e = means["sgd", 1.0]  # whose two ρ are one training
+    assert (e.n, e.value, e.low) == pytest.approx((3, 0.89, reference.low))
+
+
+def test_regimes_are_never_pooled_into_one_interval(results):
+    with pytest.raises(NotMeasured, match="differ in data_fraction"):
+        results.differences("sam", "sgd", by=("rho",))
 
 
 def test_a_run_that_has_no_partner_in_the_plan_is_none_of_the_pairs(results):
@@ -61,7 +76,7 @@ def test_a_run_that_has_no_partner_in_the_plan_is_none_of_the_pairs(results):
 
 
 def test_an_accuracys_resolution_is_one_test_image(results):
-    frame = results.pairs("scale2x0.5", "sgd")
+    frame = results.pairs("scale2x0.5", "sgd").query("data_fraction == 1")
     assert estimates(frame, "difference", ("rho",))[0.1].half == pytest.approx(1 / 1000)
 
 
@@ -114,7 +129,7 @@ def test_what_no_run_has_is_said_in_a_sentence(results, tmp_path):
 def test_relative_paths_are_the_callers_and_else_the_projects(results, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert len(load("s.yaml", "runs", ["other"]).runs()) == 1
-    assert load("studies/quick.yaml").study.name == "quick"
+    assert found_path("studies/quick.yaml") == PROJECT / "studies/quick.yaml"
 
 
 def test_rho_is_chosen_on_held_out_training_images_alone():

@@ -117,8 +117,9 @@ class Results:
     def means(
         self, value: str = "test_accuracy", by: Sequence[str] = ("mix", "rho"), grid: str | Iterable[str] | None = None
     ) -> pd.Series:
-        """The mean of a column of `runs`, an Estimate by each combination of `by`."""
-        return estimates(self.runs(grid), value, by)
+        """The mean of a column of `planned`, an Estimate by each combination of `by`; SGD's ρ is NaN."""
+        frame = trainings(self.planned(grid))
+        return estimates(frame.assign(rho=frame.rho.mask(frame.mix == "sgd")), value, by)
 
     @property
     def missing(self) -> list[str]:
@@ -214,32 +215,40 @@ def pairs(
     are not the same training: `but` then holds too much.
     """
     kinds = [{"mix": kind} if isinstance(kind, str) else dict(kind) for kind in (a, b)]
-    free = {*MEASURED, *but, *kinds[0], *kinds[1]}
-    free |= {"mix_warmup"} if "mix" in free else set()
-    sides = [frame[np.logical_and.reduce([frame[k] == v for k, v in kind.items()])] for kind in kinds]
-    if any(len(side) and (side.mix == "sgd").all() for side in sides):
-        free |= {"rho"}
-    keys = [[str(key) for key in zip(*(side[f] for f in _fields(free, also)), strict=True)] for side in sides]
-    partners = pd.Series(sides[1][value].to_numpy(float), index=keys[1], dtype=float)
-    known = partners.groupby(level=0)
-    if (known.nunique(dropna=False) > 1).any():
-        raise ValueError(
-            f"{kinds[0]} has several different partners {kinds[1]}: `but` holds too much, or `also` too little"
-        )
-    values = known.first()
-    rows = sides[0].assign(a=sides[0][value].astype(float), b=values.reindex(keys[0]).to_numpy())
-    rows = rows[pd.Index(keys[0]).isin(values.index)]
+    named = {*but, *kinds[0], *kinds[1]}
+    sides = [trainings(frame[np.logical_and.reduce([frame[k] == v for k, v in kind.items()])], also) for kind in kinds]
+    free = named | ({"mix_warmup"} if "mix" in named else set())
+    free |= {"rho"} if any(len(side) and (side.mix == "sgd").all() for side in sides) else set()
+    keys = [_keys(side, free, also) for side in sides]
+    partners = sides[1][value].astype(float).set_axis(keys[1])
+    if partners.index.has_duplicates:
+        raise ValueError(f"{kinds[0]} has several partners {kinds[1]}: `but` holds too much, or `also` too little")
+    rows = sides[0].assign(a=sides[0][value].astype(float), b=partners.reindex(keys[0]).to_numpy())
+    rows = rows[keys[0].isin(partners.index)]
     counted = COUNTED.get(value)
     resolution = 1 / rows[counted].where(rows[counted] > 0) if counted else 0.0
     return rows.assign(difference=rows.a - rows.b, resolution=resolution, value=value)
 
 
-def _fields(free: set[str], also: Sequence[str]) -> list[str]:
-    return [name for name in (*RunConfig.model_fields, *also) if name not in free]
+def trainings(frame: pd.DataFrame, also: Sequence[str] = ()) -> pd.DataFrame:
+    """One row a training: of runs that differ in what they measure alone, or of SGD's in a ρ that it does not use, the
+    first that is finished. A study may train the same thing twice, and that is no second run."""
+    sgd = frame.mix == "sgd"
+    keys = _keys(frame.assign(rho=frame.rho.mask(sgd)), set(), also)
+    first = ~pd.Series(keys).iloc[np.argsort(frame.status.eq("missing"), kind="stable")].duplicated()
+    return frame[first.sort_index().to_numpy()]
+
+
+def _keys(frame: pd.DataFrame, free: set[str], also: Sequence[str]) -> pd.Index:
+    """All of the configuration but `free` and MEASURED, and the columns `also`, as one text a row."""
+    names = [name for name in (*RunConfig.model_fields, *also) if name not in free and name not in MEASURED]
+    return pd.Index([str(key) for key in zip(*(frame[name] for name in names), strict=True)], dtype=object)
 
 
 def estimates(frame: pd.DataFrame, value: str, by: Sequence[str], unit: str | None = None) -> pd.Series:
     """mean_interval of a column by each combination of `by`, with its resolution. unit: None: that of the column.
+
+    Raises NotMeasured where an estimate would have a seed twice: what else its rows differ in is no noise.
 
     frame: of `pairs` (value "difference", "a" or "b"), or of Results.runs.
     """
@@ -249,6 +258,12 @@ def estimates(frame: pd.DataFrame, value: str, by: Sequence[str], unit: str | No
         unit = "points" if share and signed else "%" if share else "nats" if of in LOSSES else ""
     found = {}
     for key, part in frame.groupby(list(by), sort=True, dropna=False):
+        if part.duplicated(list(SEEDS)).any():
+            settings = [f for f in RunConfig.model_fields if f not in (*SEEDS, *MEASURED)]
+            differ = [f for f in settings if part[f].astype(str).nunique() > 1] or ["what they measure"]
+            raise NotMeasured(
+                f"runs of one seed differ in {', '.join(differ)}: name it in `by`, or read one grid alone"
+            )
         if "resolution" in part:
             resolution = float(np.nanmax([*part.resolution, 0.0]))
         else:
