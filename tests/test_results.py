@@ -7,7 +7,17 @@ from fake_runs import write_run, write_study
 from scipy import stats
 
 from samlib import PROJECT
-from samlib.analysis.results import NotMeasured, chosen_rho, estimates, found_path, load, mix_name, mix_order, pairs, trainings
+from samlib.analysis.results import (
+    NotMeasured,
+    chosen_rho,
+    estimates,
+    found_path,
+    load,
+    mix_name,
+    mix_order,
+    pairs,
+    trainings,
+)
 from samlib.config import UserError
 from samlib.study import Study
 
