@@ -232,8 +232,8 @@ def prediction_rows(model: nn.Module, x: Tensor, y: Tensor, rhos: Iterable[float
     """How many codes the second-order prediction g' = g + rho H g / ||g|| gets right: rows of the table `prediction`.
 
     One Hessian-vector product (Pearlmutter, 1994), in training mode as the codes themselves; once for the net as it is,
-    and once with softplus in place of ReLU at the same weights, which has no kinks. `constant` is the share that calling
-    every parameter by the commonest code gets right.
+    and once with softplus in place of ReLU at the same weights, which has no kinks. `constant` is the share that naming
+    the commonest code for every parameter gets right.
     """
     rows = []
     for activation in ("relu", "softplus"):

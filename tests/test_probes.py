@@ -13,9 +13,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from samlib import probes
-from samlib.models import build_model
-from samlib.probes import GradientPair, Persistence, checkpoint_codes, gradient_pair, probe_rows
-from samlib.sam import SMALL
+from samlib.probes import BINS, CHECKPOINTS, GradientPair, Persistence, checkpoint_codes, gradient_pair, probe_rows
 
 EDGES = ("1.2", "1.5", "2", "4", "8", "16")
 DTYPES = [torch.float32, torch.float64]
@@ -88,21 +86,37 @@ def test_codes_keep_the_shape_and_nan_has_no_class():
         checkpoint_codes(g, h[0])
 
 
-# Sums of a pair
+# Counts of a pair
+
+
+class Layers(nn.Module):
+    """Parameters of the sizes of these gradients, and no forward."""
+
+    def __init__(self, g):
+        super().__init__()
+        self.p = nn.ParameterList([torch.zeros_like(t) for t in g])
+
+
+def counted(g, h):
+    """What a probe counts: numbers of parameters by checkpoint and by bin, and each layer's."""
+    names = [f"p.{k}" for k in range(len(g))]
+    row, layers = probe_rows(pair_of(g, h, names), Layers(g))
+    total = sum(t.numel() for t in g)
+    return [round(row[n] * total) for n in CHECKPOINTS], [round(row[n] * total) for n in BINS], layers, row
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_counts_and_bins_are_a_per_element_loop_on_special_values(dtype):
     g, h = specials(dtype)
     kind = np.float32 if dtype == torch.float32 else np.float64
-    counts = [0] * 12
+    counts, bins = [0] * 5, [0] * 7
     with np.errstate(over="ignore"):
         for a, b in zip(g.numpy(), h.numpy(), strict=True):
             k = code(float(a), float(b))
             counts[k] += 1
             if k == 1:  # decided in the gradients' own precision
-                counts[5 + sum(abs(b) >= kind(e) * abs(a) for e in EDGES)] += 1
-    assert pair_of([g], [h]).sums()[0, :12].tolist() == counts
+                bins[sum(abs(b) >= kind(e) * abs(a) for e in EDGES)] += 1
+    assert counted([g], [h])[:2] == (counts, bins)
 
 
 def test_bins_are_the_exact_ratios_on_random_values():
@@ -113,7 +127,7 @@ def test_bins_are_the_exact_ratios_on_random_values():
         if code(a, b) == 1:
             ratio = Fraction(abs(b)) / Fraction(abs(a))
             bins[sum(ratio >= Fraction(e) for e in EDGES)] += 1
-    assert pair_of([g], [h]).sums()[0, 5:12].tolist() == bins
+    assert counted([g], [h])[1] == bins
     assert min(bins) > 0
 
 
@@ -121,60 +135,37 @@ def test_an_edge_belongs_to_the_bin_above_it():
     g = torch.tensor([1.0, -0.25, 3.0]).repeat_interleave(6)
     edges = torch.tensor([float(e) for e in EDGES]).repeat(3)
     below = torch.nextafter(g * edges, torch.zeros(18))
-    assert pair_of([g], [g * edges]).sums()[0, 5:12].tolist() == [0, 3, 3, 3, 3, 3, 3]
-    assert pair_of([g], [below]).sums()[0, 5:12].tolist() == [3, 3, 3, 3, 3, 3, 0]
-    assert pair_of([g], [g]).sums()[0, 5:12].tolist() == [18, 0, 0, 0, 0, 0, 0]
+    assert counted([g], [g * edges])[1] == [0, 3, 3, 3, 3, 3, 3]
+    assert counted([g], [below])[1] == [3, 3, 3, 3, 3, 3, 0]
+    assert counted([g], [g])[1] == [18, 0, 0, 0, 0, 0, 0]
 
 
-def test_sums_over_several_chunks_are_those_of_the_whole():
-    torch.manual_seed(0)
-    g, h = torch.randn(200_001), torch.randn(200_001)
-    g[::11] = 0
-    sums = pair_of([g], [h]).sums()[0].numpy()
-    a, b = g.numpy().astype(np.float64), h.numpy().astype(np.float64)
-    codes = np.where(a * b == 0, 0, 1 + (abs(b) < abs(a)) + 2 * (np.sign(a) != np.sign(b)))
-    assert sums[:5].tolist() == np.bincount(codes, minlength=5).tolist()
-    np.testing.assert_allclose(sums[12:], [a @ a, b @ b, a @ b], rtol=1e-6)
-    whole = probes._pair_sums(g, h).numpy()
-    assert sums[:12].tolist() == whole[:12].tolist()
-    np.testing.assert_allclose(sums[12:], whole[12:], rtol=1e-12)
-
-
-@pytest.mark.parametrize("compile", [False, True])
-def test_many_layers_of_many_sizes_are_counted_as_each_by_itself(compile):
-    """Small layers of one size are counted together, large ones by themselves."""
+def test_many_layers_of_many_sizes_are_counted_as_each_by_itself():
     draw = torch.Generator().manual_seed(0)
-    sizes = [3, 100_000, SMALL, 1, SMALL + 1, 3, 1, SMALL, 20, 3]
+    sizes = [3, 20_000, 1, 4097, 3, 1, 20]
     g, h = ([torch.randn(n, generator=draw) for n in sizes] for _ in "gh")
-    g[0][1] = g[7][5] = h[1][::3] = 0
-    pair = pair_of(g, h)
-    sums = pair.sums(compile=compile)
-    assert sums.shape == (len(sizes), 15) and sums.dtype == torch.float64
+    g[0][1] = g[3][5] = h[1][::3] = 0
+    counts, bins, layers, row = counted(g, h)
     exact = [codes_of(a.tolist(), b.tolist()) for a, b in zip(g, h, strict=True)]
-    assert sums[:, :5].tolist() == [np.bincount(codes, minlength=5).tolist() for codes in exact]
-    assert sums[:, 5:12].sum(1).tolist() == sums[:, 1].tolist()
-    products = [
-        [float(x.double() @ y.double()) for x, y in ((a, a), (b, b), (a, b))] for a, b in zip(g, h, strict=True)
-    ]
-    np.testing.assert_allclose(sums[:, 12:], products, rtol=1e-6, atol=1e-4)
-    assert pair.codes().tolist() == sum(exact, [])
+    assert [[layer[n] for n in CHECKPOINTS] for layer in layers] == [[c.count(k) for k in range(5)] for c in exact]
+    assert [layer["parameters"] for layer in layers] == sizes
+    assert counts == np.sum([[c.count(k) for k in range(5)] for c in exact], axis=0).tolist()
+    assert sum(bins) == counts[1]
+    a, b = (np.concatenate([t.numpy().astype(np.float64) for t in side]) for side in (g, h))
+    assert row["grad_norm"] == pytest.approx(math.sqrt(a @ a), rel=1e-12)
+    assert row["cosine"] == pytest.approx(a @ b / math.sqrt(a @ a) / math.sqrt(b @ b), rel=1e-12)
+    assert pair_of(g, h).codes.tolist() == sum(exact, [])
 
 
 def test_layouts_of_the_two_gradients_do_not_matter():
     torch.manual_seed(0)
     g, h = torch.randn(4, 3, 5, 5), torch.randn(4, 3, 5, 5)
     last = torch.channels_last
-    expected = pair_of([g], [h]).sums()
-    for a, b in ((g.to(memory_format=last), h), (g, h.to(memory_format=last)), tuple(
-        t.to(memory_format=last) for t in (g, h)
-    )):  # fmt: skip
-        torch.testing.assert_close(pair_of([a], [b]).sums(), expected, rtol=1e-12, atol=1e-9)
+    for a, b in itertools.product((g, g.to(memory_format=last)), (h, h.to(memory_format=last))):
+        assert counted([a], [b])[:2] == counted([g], [h])[:2]
         pair = pair_of([a], [b])
-        order = checkpoint_codes(g, h), g.abs()
-        if not a.is_contiguous():
-            order = [t.permute(0, 2, 3, 1) for t in order]
-        assert pair.codes().tolist() == order[0].flatten().tolist()
-        assert pair.sizes().tolist() == order[1].flatten().tolist()
+        assert pair.codes.tolist() == checkpoint_codes(g, h).flatten().tolist()
+        assert pair.sizes.tolist() == g.abs().flatten().tolist()
 
 
 # Rows of a probe
@@ -272,7 +263,9 @@ def test_a_probe_leaves_weights_statistics_modes_and_gradients_to_the_bit(at, tr
         probes.scan_rows(model, x, y, [0.1, 0.2])
         probes.prediction_rows(model, x, y, [0.1])
         pair = gradient_pair(model, x, y, 0.5)
-        probes.convergence_rows(model, x, y, pair, [torch.ones_like(p) for p in model.parameters()], 0.1, 5)
+        halves = [(x[:8], y[:8]), (x[8:], y[8:])]
+        probes.convergence_rows(model, halves, pair, [torch.ones_like(p) for p in model.parameters()], 0.1, 5)
+        probes.noise_rows(model, [(x, y, y == 1)], 0.5)
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     assert [m.training for m in model.modules()] == modes
     assert all(m.track_running_stats for m in model.modules() if isinstance(m, nn.BatchNorm1d))
@@ -312,9 +305,11 @@ def test_frozen_and_unused_parameters_are_inactive_and_do_not_move():
         assert (layer["inactive"] == layer["parameters"]) == dead
         assert (not g.any() and not h.any()) == dead
     assert row["inactive"] == (12 + 6) / (12 + 12 + 6)
-    (rest,) = probes.prediction_rows(model, x, y, [1e-3])
-    assert rest["parameters"] == 30 and rest["right"] > 0.8
-    assert len(probes.convergence_rows(model, x, y, pair, [torch.zeros_like(p) for p in model.parameters()], 0, 1)) == 5
+    for rest in probes.prediction_rows(model, x, y, [1e-3]):
+        assert rest["parameters"] == 30 and rest["right"] > 0.8
+    halves, still = [(x[:8], y[:8]), (x[8:], y[8:])], [torch.zeros_like(p) for p in model.parameters()]
+    assert len(probes.convergence_rows(model, halves, pair, still, 0, 1)) == 5
+    assert sum(row["parameters"] for row in probes.noise_rows(model, [(x, y, y == 1)], 0.5)) == 30
 
 
 def test_a_gradient_of_denormal_numbers_is_probed_without_an_error():
@@ -327,18 +322,28 @@ def test_a_gradient_of_denormal_numbers_is_probed_without_an_error():
 
 
 def test_layouts_of_model_and_images_change_no_table():
-    x = torch.randn(16, 3, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     y = torch.arange(16) % 10
     tables = []
     for m, b in itertools.product((torch.contiguous_format, torch.channels_last), repeat=2):
-        model = build_model("resnet10", 4, "cifar", 3, 10, seed=0).double().to(memory_format=m)
+        torch.manual_seed(0)
+        body = (
+            nn.Conv2d(3, 4, 3, bias=False),
+            nn.BatchNorm2d(4),
+            nn.ReLU(),
+            nn.Conv2d(4, 6, 3, 2),
+            nn.ReLU(),
+            nn.Flatten(),
+        )
+        model = nn.Sequential(*body, nn.Linear(24, 10)).double().to(memory_format=m)
         images = x.to(memory_format=b)
         pair = gradient_pair(model, images, y, 0.1)
         updates = [0.1 * g * g.abs() for g in pair.g]
-        mean, error = ([t.contiguous() * s for t in pair.g] for s in (2.0, -1.0))
         row, layers = probe_rows(pair, model)
-        diagonal, correlation = probes.diagonal_rows(pair, mean, error)
-        resting = probes.convergence_rows(model, images, y, pair, updates, 0.01, 100)
+        diagonal, correlation = probes.diagonal_rows(pair, [t.contiguous() * 2 for t in pair.g])
+        halves = [(images[:8], y[:8]), (images[8:], y[8:])]
+        resting = probes.convergence_rows(model, halves, pair, updates, 0.01, 100)
+        resting += probes.noise_rows(model, [(images, y, y > 6)], 0.1)
         rows = [row, *layers, *diagonal, {"correlation": correlation}, *resting, probes.threshold_row(pair)]
         rows += probes.scan_rows(model, images, y, [0.1, 0.5]) + probes.prediction_rows(model, images, y, [0.1])
         tables.append([v for r in rows for v in r.values() if not isinstance(v, str)])
@@ -349,50 +354,97 @@ def test_layouts_of_model_and_images_change_no_table():
 # Sets and persistence
 
 
-@pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 1000])
-def test_a_packed_set_has_its_size_and_intersects_as_pythons_sets(size):
-    torch.manual_seed(size)
-    a, b = torch.rand(size) < 0.5, torch.rand(size) < 0.3
-    sets = [{i for i in range(size) if mask[i]} for mask in (a, b)]
-    packed = [probes.pack(mask) for mask in (a, b)]
-    assert packed[0].dtype == torch.uint8 and len(packed[0]) == math.ceil(size / 8)
-    assert [probes.count(p) for p in packed] == [len(s) for s in sets]
-    assert probes.count(packed[0] & packed[1]) == len(sets[0] & sets[1])
+def drawn(sizes, step, batch):
+    """Codes of a step on a batch, made up: some parameters that stay, and some that are dead, in each layer."""
+    draw = torch.Generator().manual_seed(1000 * step + batch)
+    codes = torch.randint(5, (sum(sizes),), generator=draw, dtype=torch.uint8)
+    codes[: sizes[0] // 2] = 1 if step % 5 else codes[: sizes[0] // 2]
+    codes[-sizes[-1] // 3 :] = 0
+    return codes
+
+
+def chance_in(sizes, universe, *sets):
+    """The expected size of the common part of random sets of these sizes within each layer's universe."""
+    expected, start = Fraction(0), 0
+    for size in sizes:
+        layer = set(range(start, start + size)) & universe
+        start += size
+        if layer:
+            expected += len(layer) * math.prod((Fraction(len(s & layer), len(layer)) for s in sets), start=Fraction(1))
+    return float(expected)
 
 
 @pytest.mark.parametrize("saved_after", [None, 0, 3, 4, 8, 12])
 def test_overlaps_and_running_intersections_are_those_of_pythons_sets(saved_after):
-    torch.manual_seed(0)
-    references, window, every = (0, 3, 11), 4, 6  # the windows of 0 and 3 overlap
-    tracker = Persistence(references, window)
-    probed = [s for s in range(20) if s % every == 0 or any(r <= s < r + window for r in references)]
-    assert [s for s in range(20) if tracker.wants(s)] == [0, 1, 2, 3, 4, 5, 6, 11, 12, 13, 14]
-    sets, active = {}, {}
+    sizes, references, lags, window, every = [203, 1, 150, 49], (0, 3, 11), (1, 7), 4, 6  # windows of 0 and 3 overlap
+    made = lambda: Persistence(references, lags, window, sizes)  # noqa: E731
+    tracker = made()
+    wanted = {r + k for r in references for k in (*range(window), *lags)}
+    assert [s for s in range(30) if tracker.wants(s)] == sorted(wanted)
+    probed = [s for s in range(20) if s % every == 0 or s in wanted]
+    now = lambda step, batch: drawn(sizes, step, batch)  # noqa: E731
+    members = lambda step, batch, k=1: {i for i, c in enumerate(now(step, batch).tolist()) if c == k}  # noqa: E731
+    active = lambda step, batch: set(range(sum(sizes))) - members(step, batch, 0)  # noqa: E731
     for step in probed:
-        codes = torch.randint(5, (403,), dtype=torch.uint8)
-        codes[:200] = 1 if step % 5 else codes[:200]  # some that stay
-        sets[step] = {i for i, c in enumerate(codes.tolist()) if c == 1}
-        active[step] = sum(c != 0 for c in codes.tolist())
-        overlaps, intersections = tracker.rows(step, codes)
-        total = {"size": len(sets[step]), "active": active[step], "parameters": 403}
-        assert overlaps == [
-            {"reference_step": r, "step": step, "reference_size": len(sets[r]), "overlap": len(sets[r] & sets[step])}
-            | total
-            for r in references
-            if step > r
-        ]
-        assert intersections == [
-            {"reference_step": r, "step": step, "steps": step - r + 1}
-            | {"intersection": len(set.intersection(*(sets[s] for s in range(r, step + 1))))}
-            | total
-            for r in references
-            if r <= step < r + window
-        ]
+        overlaps, intersections = tracker.rows(step, now(step, step), lambda reference, step=step: now(step, reference))
+        expected = {"overlaps": [], "intersections": []}
+        for r, batch in itertools.product([r for r in references if r <= step], ("other", "same")):
+            images = lambda s, r=r, batch=batch: s if batch == "other" else r  # noqa: E731
+            here, there = members(step, images(step)), members(r, r)
+            total = {"size": len(here), "active": len(active(step, images(step))), "parameters": sum(sizes)}
+            head = {"reference_step": r, "step": step}
+            if step > r:
+                both = active(step, images(step)) & active(r, r)
+                expected["overlaps"].append(
+                    head
+                    | {"lag": step - r, "batch": batch, "reference_size": len(there), "overlap": len(here & there)}
+                    | {"chance": pytest.approx(chance_in(sizes, both, here, there), rel=1e-12)}
+                    | total
+                )
+            if step < r + window:
+                sets = [members(s, images(s)) for s in range(r, step + 1)]
+                expected["intersections"].append(
+                    head
+                    | {"steps": step - r + 1, "batch": batch, "intersection": len(set.intersection(*sets))}
+                    | {"chance": pytest.approx(chance_in(sizes, active(r, r), *sets), rel=1e-12)}
+                    | total
+                )
+        assert overlaps == expected["overlaps"] and intersections == expected["intersections"]
         if step == saved_after:
             file = io.BytesIO()
             torch.save(tracker.state, file)
             file.seek(0)
-            tracker = Persistence(references, window, torch.load(file, weights_only=True))
+            tracker = made()
+            tracker.state = torch.load(file, weights_only=True)
+
+
+def test_the_chance_of_an_overlap_and_an_intersection_is_what_random_sets_have():
+    """Monte Carlo: every set redrawn within each layer, in its size."""
+    sizes, lag = [30, 80], 3
+    first, *later = (drawn(sizes, step, 0) for step in range(4))
+    tracker, rows = Persistence((0,), (lag,), 4, sizes), []
+    for step, codes in enumerate((first, *later)):
+        rows.append(tracker.rows(step, codes, lambda _, codes=codes: codes))
+    overlap = next(row for row in rows[lag][0] if row["batch"] == "other")
+    draw, found = np.random.default_rng(0), {"overlap": [], "intersection": []}
+    layers = [slice(0, 30), slice(30, 110)]
+
+    def redrawn(codes, universe):
+        result = np.zeros(110, bool)
+        for layer in layers:
+            room = np.flatnonzero(universe[layer]) + layer.start
+            result[draw.choice(room, int((codes[layer] == 1)[universe[layer]].sum()), replace=False)] = True
+        return result
+
+    codes = [c.numpy() for c in (first, *later)]
+    for _ in range(4000):
+        both = (codes[0] != 0) & (codes[lag] != 0)
+        found["overlap"].append((redrawn(codes[0], both) & redrawn(codes[lag], both)).sum())
+        active = codes[0] != 0
+        found["intersection"].append(np.logical_and.reduce([redrawn(c, active) for c in codes]).sum())
+    for name, chance in (("overlap", overlap["chance"]), ("intersection", rows[lag][1][0]["chance"])):
+        error = np.std(found[name]) / math.sqrt(4000)
+        assert abs(np.mean(found[name]) - chance) < 4 * error, name
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -405,20 +457,36 @@ def test_the_threshold_is_the_kth_largest_of_the_sorted_gradients(ties):
     codes = codes_of(g.tolist(), h.tolist())
     k = codes.count(1)
     threshold = sorted((abs(v) for v in g.tolist()), reverse=True)[k - 1]
-    above = sum(c == 1 and abs(v) >= threshold for c, v in zip(codes, g.tolist(), strict=True))
+    large = [abs(v) >= threshold for v in g.tolist()]
+    above = sum(c == 1 and big for c, big in zip(codes, large, strict=True))
+    chance = 0
+    for layer in (slice(0, 100), slice(100, 500)):
+        active = [big for c, big in zip(codes[layer], large[layer], strict=True) if c]
+        chance += sum(active) / len(active) * codes[layer].count(1)
     assert row == {
-        "threshold": threshold, "checkpoint1": k, "above": above, "active": 500 - codes.count(0), "parameters": 500,
+        "threshold": threshold, "checkpoint1": k, "above": above, "chance": pytest.approx(chance),
+        "active": 500 - codes.count(0), "parameters": 500,
     }  # fmt: skip
     assert 0 < above <= k
+
+
+def test_the_chance_of_a_threshold_is_the_mean_over_every_choice_within_the_layers():
+    g = [torch.tensor([5.0, 4.0, 1.0, 0.5]), torch.tensor([3.0, 2.0, 0.1])]
+    h = [torch.tensor([6.0, 0.0, 2.0, -0.5]), torch.tensor([-3.0, 2.5, 0.2])]  # one inactive; checkpoint 1: 2 and 2
+    row = probes.threshold_row(pair_of(g, h))
+    assert (row["checkpoint1"], row["threshold"], row["above"]) == (4, 2.0, 2)
+    large = [[True, False, False], [True, True, False]]  # of the active ones, at least the threshold
+    choices = itertools.product(*(itertools.combinations(layer, 2) for layer in large))
+    assert row["chance"] == pytest.approx(np.mean([sum(a) + sum(b) for a, b in choices]))
 
 
 def test_without_any_member_there_is_no_threshold():
     g = torch.ones(5)
     row = probes.threshold_row(pair_of([g], [-g]))
     assert math.isnan(row.pop("threshold"))
-    assert row == {"checkpoint1": 0, "above": 0, "active": 5, "parameters": 5}
+    assert row == {"checkpoint1": 0, "above": 0, "chance": 0.0, "active": 5, "parameters": 5}
     assert probes.threshold_row(pair_of([g], [2 * g])) == {
-        "threshold": 1.0, "checkpoint1": 5, "above": 5, "active": 5, "parameters": 5,
+        "threshold": 1.0, "checkpoint1": 5, "above": 5, "chance": 5.0, "active": 5, "parameters": 5,
     }  # fmt: skip
 
 
@@ -466,7 +534,10 @@ def test_the_prediction_is_that_of_the_dense_hessian(norm):
     clean = g.abs() > 1e-12
     rhos = [1e-3, 0.1, 0.7, 2.0, 10.0]
     wrong = 0
-    for row, rho in zip(probes.prediction_rows(model, x, y, rhos), rhos, strict=True):
+    rows = probes.prediction_rows(model, x, y, rhos)
+    assert [row["activation"] for row in rows] == ["relu"] * 5 + ["softplus"] * 5
+    for row, other, rho in zip(rows[:5], rows[5:], rhos, strict=True):
+        assert row | {"activation": 0} == other | {"activation": 0}  # no ReLU here: the same net twice
         true = codes_of(g.tolist(), gradient(w + rho * g / g.norm()).tolist())
         predicted = codes_of(g.tolist(), (g + rho * hessian @ g / g.norm()).tolist())
         right = [t == p for t, p, c in zip(true, predicted, clean.tolist(), strict=True) if c]
@@ -482,18 +553,40 @@ def test_the_prediction_is_that_of_the_dense_hessian(norm):
     assert wrong > 0  # and is not far out, so that the comparison says something
 
 
+class Kinked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.relu, self.last = nn.Linear(3, 60), nn.ReLU(), nn.Linear(60, 3)
+
+    def forward(self, x):
+        return self.last(self.relu(self.first(x)))
+
+
+def test_softplus_in_place_of_relu_is_predicted_where_kinks_are_missed():
+    model, (x, y) = Kinked().double(), batch(torch.float64, size=64)
+    relu, softplus = probes.prediction_rows(model, x, y, [0.003])
+    assert (relu["activation"], softplus["activation"]) == ("relu", "softplus")
+    assert softplus["right"] == 1 and relu["right"] < 0.99  # at so small a radius the second order is all there is
+    assert isinstance(model.relu, nn.ReLU)
+    # The softplus net's codes, from its own dense gradients.
+    model.relu = nn.Softplus()
+    again, _ = probes.prediction_rows(model, x, y, [0.003])
+    assert again["right"] == softplus["right"] and again["constant"] == softplus["constant"]
+
+
 # The Hessian's diagonal
 
 
 def test_diagonal_rows_are_numpys_statistics_by_checkpoint():
     torch.manual_seed(0)
     shapes = [(20, 10), (4, 3, 3, 3), (7,)]
-    g, h, mean, error = ([torch.randn(s, dtype=torch.float64) for s in shapes] for _ in range(4))
-    g[0][0] = 0
+    g, h, mean = ([torch.randn(s, dtype=torch.float64) for s in shapes] for _ in range(3))
+    g[0][0] = mean[1][1] = 0
     g[1] = g[1].to(memory_format=torch.channels_last)
     h[1] = h[1].to(memory_format=torch.channels_last)
-    rows, correlation = probes.diagonal_rows(pair_of(g, h), mean, error)
-    g, h, mean, error = (np.concatenate([t.flatten().numpy() for t in side]) for side in (g, h, mean, error))
+    rows, correlation = probes.diagonal_rows(pair_of(g, h), mean)
+    g, h, mean = (np.concatenate([t.flatten().numpy() for t in side]) for side in (g, h, mean))
     codes = np.array(codes_of(g, h))
     assert len(rows) == 5
     for k, row in enumerate(rows):
@@ -502,70 +595,225 @@ def test_diagonal_rows_are_numpys_statistics_by_checkpoint():
             "checkpoint": k, "parameters": len(inside), "mean": inside.mean(),
             "standard_error": inside.std(ddof=1) / math.sqrt(len(inside)),
             "q05": np.quantile(inside, 0.05), "q25": np.quantile(inside, 0.25), "median": np.median(inside),
-            "q75": np.quantile(inside, 0.75), "q95": np.quantile(inside, 0.95), "negative": np.mean(inside < 0),
-            "noise": np.median(error[codes == k]),
+            "q75": np.quantile(inside, 0.75), "q95": np.quantile(inside, 0.95), "zero": np.mean(inside == 0),
         }  # fmt: skip
         assert row == pytest.approx(expected, rel=1e-12)
-    ranks = [scipy.stats.rankdata(abs(v)) for v in (mean, g)]
+    ranks = [scipy.stats.rankdata(abs(v[codes != 0])) for v in (mean, g)]
     assert correlation == pytest.approx(np.corrcoef(*ranks)[0, 1], rel=1e-12)
 
 
 def test_empty_checkpoints_and_constant_sizes_have_no_statistics():
     g = [torch.ones(3)]
-    rows, correlation = probes.diagonal_rows(pair_of(g, g), [torch.tensor([1.0, 2.0, 3.0])], [torch.ones(3)])
+    rows, correlation = probes.diagonal_rows(pair_of(g, g), [torch.tensor([1.0, 2.0, 3.0])])
     assert math.isnan(correlation)
     assert [row["parameters"] for row in rows] == [0, 3, 0, 0, 0]
-    assert rows[1]["mean"] == 2 and rows[1]["negative"] == 0
-    for name in ("mean", "standard_error", "q05", "median", "negative", "noise"):
+    assert rows[1]["mean"] == 2 and rows[1]["zero"] == 0
+    for name in ("mean", "standard_error", "q05", "median", "zero"):
         assert math.isnan(rows[2][name])
 
 
 # Convergence
 
 
-@pytest.mark.parametrize("size", [64, 20, 17])
-def test_convergence_rows_are_an_explicit_loop(size):
-    model, (x, y) = small(dtype=torch.float64), batch(torch.float64, size)
+@pytest.mark.parametrize("count", [2, 8])
+def test_convergence_rows_are_an_explicit_loop(count):
+    model, (x, y) = small(dtype=torch.float64), batch(torch.float64, 64)
     with torch.no_grad():
         model[3].bias[0] = 0.0
     torch.manual_seed(4)
     updates = [torch.randn_like(p) * 1e-3 * (torch.rand_like(p) > 0.2) for p in model.parameters()]
     decay, steps = 0.05, 3
     pair = gradient_pair(model, x, y, 0.5)
-    rows = probes.convergence_rows(model, x, y, pair, updates, decay, steps)
-    # Eight pieces as equal as can be, each normalized by its own statistics.
-    bounds = np.cumsum([0, *(size // 8 + (i < size % 8) for i in range(8))])
+    parts = list(zip(x.tensor_split(count), y.tensor_split(count), strict=True))
+    rows = probes.convergence_rows(model, parts, pair, updates, decay, steps)
     pieces = []
-    for low, high in itertools.pairwise(bounds):
+    for part, labels in parts:
         statistics = {k: v.clone() for k, v in model.named_buffers()}
-        grads = torch.autograd.grad(cross_entropy(model(x[low:high]), y[low:high]), list(model.parameters()))
+        grads = torch.autograd.grad(cross_entropy(model(part), labels), list(model.parameters()))
         for k, b in model.named_buffers():
             b.copy_(statistics[k])
         pieces.append([v for t in grads for v in t.flatten().tolist()])
     w = [v for p in model.parameters() for v in p.flatten().tolist()]
     u = [v for t in updates for v in t.flatten().tolist()]
-    codes = pair.codes().tolist()
+    codes = pair.codes.tolist()
     members = {k: [i for i, c in enumerate(codes) if c == k] for k in range(5)}
     shift = set(range(12, 16))  # the bias before BatchNorm has a gradient of rounding noise: its t is of no account
     for k, row in enumerate(rows):
-        assert (row["checkpoint"], row["parameters"]) == (k, len(members[k]))
+        assert (row["checkpoint"], row["parameters"], row["batches"]) == (k, len(members[k]), count)
+        assert row["chance"] == pytest.approx(2 * scipy.stats.t.sf(2, count - 1))
+        medians = ("gradient", "weight", "update", "relative_update", "detectable")
         if not members[k]:
-            assert all(math.isnan(row[n]) for n in ("gradient", "weight", "update", "relative_update", "moving"))
+            assert all(math.isnan(row[n]) for n in (*medians, "moving", "significant"))
             continue
-        means, t = {}, {}
+        means, errors = {}, {}
         for i in members[k]:
             sample = [piece[i] + decay * w[i] for piece in pieces]
-            means[i] = abs(np.mean(sample))
-            t[i] = means[i] / (np.std(sample, ddof=1) / math.sqrt(8)) > scipy.stats.t.ppf(0.975, 7)
+            means[i], errors[i] = abs(np.mean(sample)), np.std(sample, ddof=1) / math.sqrt(count)
+        significant = sum(means[i] > 2 * errors[i] for i in members[k])
         moving = sum(abs(u[i]) * steps > 0.01 * abs(w[i]) for i in members[k])
         assert row["moving"] == pytest.approx(moving / len(members[k]))
         noise = len(shift & set(members[k]))
-        assert abs(row["significant"] * len(members[k]) - sum(t.values())) <= noise + 1e-9
+        assert abs(row["significant"] * len(members[k]) - significant) <= noise + 1e-9
         for name, values in {
             "gradient": list(means.values()), "weight": [abs(w[i]) for i in members[k]],
             "update": [abs(u[i]) for i in members[k]],
             "relative_update": [abs(u[i]) / max(abs(w[i]), 1e-12) for i in members[k]],
+            "detectable": [2 * errors[i] for i in members[k]],
         }.items():  # fmt: skip
             values = sorted(values)  # of an even number, the lower of the two in the middle
             assert row[name] == pytest.approx(values[(len(values) - 1) // 2], rel=1e-9), (k, name)
     assert sum(len(m) for m in members.values()) == len(w) and len([m for m in members.values() if m]) >= 4
+
+
+def overall(rows, name):
+    """A share by checkpoint, over all parameters."""
+    counts = [row["parameters"] for row in rows]
+    return sum(n * row[name] for n, row in zip(counts, rows, strict=True) if n) / sum(counts)
+
+
+def test_a_converged_convex_model_is_told_from_an_untrained_one():
+    torch.manual_seed(0)
+    x = torch.randn(640, 20, dtype=torch.float64)
+    y = (x @ torch.randn(20, 4, dtype=torch.float64) + torch.randn(640, 4, dtype=torch.float64)).argmax(1)
+    model, decay = nn.Linear(20, 4).double(), 1e-2
+
+    def verdict():
+        rest = nn.Linear(20, 4)
+        rest.load_state_dict({k: v.float() for k, v in model.state_dict().items()})
+        parts = list(zip(x.float().tensor_split(64), y.tensor_split(64), strict=True))
+        pair = gradient_pair(rest, x.float(), y, 0.05)
+        rows = probes.convergence_rows(rest, parts, pair, [torch.zeros_like(p) for p in rest.parameters()], decay, 1)
+        return overall(rows, "significant"), rows
+
+    untrained, rows = verdict()
+    assert untrained > 0.6 and rows[1]["chance"] == pytest.approx(2 * scipy.stats.t.sf(2, 63))
+    optimizer = torch.optim.LBFGS(
+        model.parameters(), max_iter=500, tolerance_grad=1e-12, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
+
+    def closure():
+        optimizer.zero_grad()
+        loss = cross_entropy(model(x), y) + decay / 2 * sum(p.square().sum() for p in model.parameters())
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert max(p.grad.abs().max() for p in model.parameters()) < 1e-6
+    converged, rows = verdict()
+    assert converged < rows[1]["chance"]  # in fact none: the batches are the whole training set
+    assert overall(rows, "gradient") < 1e-3 * overall(rows, "detectable")
+
+
+class Tossed(nn.Module):
+    """Two classes, one of them with the logit w x: at w = 0 the gradient of an image is (1/2 - y) x."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(size))
+
+    def forward(self, x):
+        return torch.stack([torch.zeros(len(x)), x @ self.w], 1)
+
+
+def test_of_pure_noise_as_many_parameters_seem_moving_as_chance_says():
+    draw = torch.Generator().manual_seed(0)
+    size, count = 8000, 12
+    x, y = torch.randn(count * 10, size, generator=draw), torch.randint(2, (count * 10,), generator=draw)
+    model = Tossed(size)
+    pair = gradient_pair(model, x, y, 0.05)
+    parts = list(zip(x.split(10), y.split(10), strict=True))
+    rows = probes.convergence_rows(model, parts, pair, [torch.zeros(size)], 0.1, 1)
+    chance = rows[1]["chance"]
+    assert chance == pytest.approx(2 * scipy.stats.t.sf(2, count - 1))
+    assert abs(overall(rows, "significant") - chance) < 4 * math.sqrt(chance * (1 - chance) / size)
+
+
+# Noise by checkpoint
+
+
+def noisy_net():
+    torch.manual_seed(3)
+    body = [nn.Conv2d(1, 3, 3, bias=False), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 3)]
+    return nn.Sequential(*body).double()
+
+
+@pytest.mark.parametrize("none_flipped", [False, True])
+def test_noise_rows_are_a_loop_over_single_images(none_flipped):
+    model, rho = noisy_net(), 0.4
+    draw = torch.Generator().manual_seed(0)
+    parts = []
+    for size in (8, 5):
+        x = torch.randn(size, 1, 4, 4, generator=draw, dtype=torch.float64)
+        flipped = torch.rand(size, generator=draw) < (0.0 if none_flipped else 0.5)
+        parts.append((x, torch.randint(3, (size,), generator=draw), flipped))
+    params = list(model.parameters())
+
+    def by_image(x, y):
+        """Each image's share of the gradient, with the whole batch's statistics: (images, parameters)."""
+        rows = []
+        for i in range(len(y)):
+            statistics = {k: b.clone() for k, b in model.named_buffers()}
+            log_p = model(x).log_softmax(1)
+            grads = torch.autograd.grad(-log_p[i, y[i]] / len(y), params)
+            for k, b in model.named_buffers():
+                b.copy_(statistics[k])
+            rows.append([v for t in grads for v in t.flatten().tolist()])
+        return rows
+
+    kinds = [
+        k
+        for p, k in zip(params, ["convolution", *["batchnorm"] * 2, *["linear"] * 2], strict=True)
+        for _ in range(p.numel())
+    ]
+    names = [
+        "parameters", "sets_direction", "g_l1", "g_flipped", "g_sam_l1", "g_sam_flipped", "flipped_l1",
+        "flipped_sam_l1", "clean_l1", "clean_sam_l1",
+    ]  # fmt: skip
+    sums = {(c, k): dict.fromkeys(names, 0.0) for k in ("convolution", "batchnorm", "linear") for c in range(5)}
+    for x, y, flipped in parts:
+        sides = []
+        w = [p.detach().clone() for p in params]
+        for ascended in (False, True):
+            if ascended:
+                norm = math.sqrt(sum((a + b) ** 2 for a, b in sides[0]))
+                step = torch.tensor([rho * (a + b) / norm for a, b in sides[0]], dtype=torch.float64)
+                with torch.no_grad():
+                    for p, d in zip(params, step.split([p.numel() for p in params]), strict=True):
+                        p.add_(d.reshape(p.shape))
+            images = by_image(x, y)
+            table = np.array(images)
+            dirty, clean = table[flipped.numpy()].sum(0), table[~flipped.numpy()].sum(0)
+            sides.append(list(zip(dirty.tolist(), clean.tolist(), strict=True)))
+        with torch.no_grad():
+            for p, b in zip(params, w, strict=True):
+                p.copy_(b)
+        pair = gradient_pair(model, x, y, rho)  # the parts add up to g, and to g'
+        for total, side in ((pair.g, sides[0]), (pair.g_sam, sides[1])):
+            flat = torch.cat([t.flatten() for t in total]).tolist()
+            np.testing.assert_allclose([a + b for a, b in side], flat, rtol=1e-9, atol=1e-13)
+        for kind, (f, c), (f2, c2) in zip(kinds, *sides, strict=True):
+            row = sums[code(f + c, f2 + c2), kind]
+            sign, sign2 = (math.copysign(1, v) if v else 0 for v in (f + c, f2 + c2))
+            values = (
+                1, f * (f + c) > 0 and abs(f) > abs(c), abs(f + c), sign * f, abs(f2 + c2), sign2 * f2,
+                abs(f), abs(f2), abs(c), abs(c2),
+            )  # fmt: skip
+            for name, value in zip(names, values, strict=True):
+                row[name] += value
+    rows = probes.noise_rows(model, parts, rho)
+    assert [(row["checkpoint"], row["kind"]) for row in rows] == list(sums)
+    for row in rows:
+        expected = sums[row["checkpoint"], row["kind"]]
+        assert {n: row[n] for n in names} == pytest.approx(expected, rel=1e-8, abs=1e-12)
+        assert (row["batches"], row["images"], row["flipped"]) == (2, 13, int(sum(f.sum() for *_, f in parts)))
+        if none_flipped:
+            assert row["sets_direction"] == row["flipped_l1"] == row["g_flipped"] == 0
+    assert sum(row["parameters"] for row in rows) == 2 * len(kinds)
+
+
+def test_where_all_images_are_flipped_they_bring_the_whole_gradient():
+    model, (x, y) = small(norm=False), batch()
+    for row in probes.noise_rows(model, [(x, y, torch.ones(16, dtype=torch.bool))], 0.3):
+        assert row["g_flipped"] == pytest.approx(row["g_l1"]) and row["clean_l1"] == 0
+        if row["checkpoint"]:
+            assert row["sets_direction"] == row["parameters"]
