@@ -8,15 +8,21 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONPATH
 unexport PYTHONHOME
 
-.PHONY: help install study test test-faults lint lab bench audit
+# What makes of a notebook its source: no outputs, no counts, nothing of the kernel that executed it last.
+STRIP := $(PY) -m nbstripout --keep-id --extra-keys metadata.language_info
+NOTEBOOKS := $(wildcard notebooks/*.ipynb)
+
+.PHONY: help install study test test-faults test-browser lint strip hooks lab bench audit
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make study [STUDY=studies/quick.yaml]   run a study: executed notebooks and figures"
 	@echo "make test                               every test but the slow ones of make test-faults"
 	@echo "make test-faults                        tests with real kills and real full disks"
+	@echo "make test-browser                       the notebooks in JupyterLab, by a real browser (chromium)"
 	@echo "make lab                                JupyterLab on the notebooks"
-	@echo "make lint                               ruff: lint and format"
+	@echo "make lint                               ruff: lint and format; notebooks without outputs"
+	@echo "make hooks                              for contributors: git leaves outputs out, and lints each commit"
 	@echo "make bench                              speed against other implementations"
 	@echo "make audit                              known holes in the pinned packages (needs the network)"
 	@echo "make install [PYTHON=python3]           the environment only"
@@ -49,12 +55,27 @@ test: install
 test-faults: install
 	$(PY) -m pytest -m faults || [ $$? -eq 5 ]  # 5: there are none
 
+test-browser: install
+	$(PY) -m pytest -m browser -rs tests/test_browser.py
+
+# Of a notebook, what git would commit is looked at: one that was just executed is no fault once `make hooks` was called.
 lint: install
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	@for notebook in $(NOTEBOOKS); do { git show ":$$notebook" 2>/dev/null || cat "$$notebook"; } | $(STRIP) --verify \
+		>/dev/null || { echo "$$notebook carries outputs, or what its last kernel was: call make strip, and make hooks for the next time" >&2; exit 1; }; done
 
+strip: install
+	@$(STRIP) $(NOTEBOOKS)
+
+hooks: install
+	git config filter.nbstripout.clean '$(STRIP)'
+	$(PY) -m pre_commit install
+
+# The root folder is the project, so that studies, runs and figures are within reach; root may start it, in a container.
 lab: install
-	$(PY) -m jupyterlab --ServerApp.ip=127.0.0.1 --notebook-dir=notebooks
+	$(PY) -m jupyterlab --ip=127.0.0.1 --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks \
+		$(if $(filter 0,$(shell id -u)),--allow-root) $(LAB)
 
 bench: .venv/installed-bench
 	$(PY) -m samlib bench

@@ -168,7 +168,7 @@ class Training:
         before = self.seconds
         bar = tqdm(
             total=self.total_steps, initial=self.epoch * self.batches.steps + self.done, unit="step", mininterval=2.0,
-            desc=run.id, disable=not progress, dynamic_ncols=False, ncols=110,
+            desc=run.id, disable=not progress,
         )  # fmt: skip
         self.model.train()
         try:
