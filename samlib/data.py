@@ -115,8 +115,9 @@ def load_source(config: RunConfig) -> Source:
     """The dataset that a configuration names. Raises UserError, with what to do, where it cannot be read."""
     if config.dataset == "digits":
         return _digits()
-    named = config.root != RunConfig.model_fields["root"].default  # which means the project's, wherever it is called
-    root = Path(config.root) if named else PROJECT / config.root
+    root = Path(config.root)
+    if not root.exists():
+        root = PROJECT / root  # a study's, or the default, wherever it is called
     if config.dataset != "imagefolder":
         from samlib._torchvision import stored_dataset
 

@@ -1,14 +1,14 @@
 """What a notebook is told: its parameters, edited in its own cell or injected by papermill, checked."""
 
 import ast
+import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from samlib import PROJECT
 from samlib.config import RunConfig, UserError
-
-INJECTED = "# Parameters\n"  # how the cell begins that papermill puts after the notebook's own
+from samlib.study import relative
 
 
 def parameters(namespace: dict[str, Any], also: Collection[str] = ()) -> tuple[set[str], set[str]]:
@@ -20,7 +20,7 @@ def parameters(namespace: dict[str, Any], also: Collection[str] = ()) -> tuple[s
     """
     injected: set[str] = set()
     for source in reversed(namespace["In"]):
-        if source.startswith(INJECTED):
+        if source.startswith("# Parameters\n"):  # the cell that papermill puts after the notebook's own
             injected |= {name.id for line in ast.parse(source).body for name in line.targets}
         names = _annotated(source)
         if "root" not in names:
@@ -52,6 +52,8 @@ def run_config(namespace: dict[str, Any]) -> RunConfig:
     fields = (injected if "config" in injected else names | injected) - {"config", "root"}
     if "config" not in injected and (twice := sorted(fields & config.keys())):
         raise UserError(f"config: {twice[0]} is a parameter of the notebook: set it there, and leave it out of config")
+    if isinstance(config.get("root"), str):  # of the data; as `python -m samlib run --set` takes it
+        config = config | {"root": relative(os.path.abspath(config["root"]))}
     return RunConfig.parse(config | {name: namespace[name] for name in fields})
 
 

@@ -100,6 +100,16 @@ def test_a_folder_that_is_named_means_the_callers_and_else_the_projects(tmp_path
     assert folder("", "runs/local") == PROJECT / "runs/local"
 
 
+def test_the_datas_folder_means_the_callers_and_names_one_run_wherever_it_is_called(tmp_path, monkeypatch):
+    pictures = injected(config={"dataset": "imagefolder", "root": "pictures"})
+    monkeypatch.chdir(tmp_path)
+    assert executed(CELL, pictures).root == str(tmp_path / "pictures")
+    monkeypatch.chdir(PROJECT / "notebooks")
+    assert executed(CELL, pictures.replace("pictures'", "../data/pictures'")).root == "data/pictures"
+    monkeypatch.chdir(PROJECT)
+    assert executed(CELL, pictures.replace("pictures'", "data/pictures'")).root == "data/pictures"
+
+
 def papermill(cwd, *arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "papermill", *arguments]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
