@@ -26,7 +26,6 @@ from samlib.runs import Run, write_atomic
 from samlib.sam import SAM
 from samlib.step import EagerStep, GraphStep
 
-
 _one_at_a_time = threading.Lock()  # a process's threads share torch's settings and its generator
 
 
@@ -75,13 +74,12 @@ def numerics(config: RunConfig, device: torch.device) -> Iterator[None]:
     autocast, a default dtype or device, reaches inside. For one thread of a process at a time."""
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     precision, dtype = torch.get_float32_matmul_precision(), torch.get_default_dtype()
-    matmul, conv = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    benchmark = torch.backends.cudnn.benchmark
+    conv, benchmark = torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark
     try:
         torch.set_num_threads(config.threads)
         torch.set_default_dtype(torch.float32)
-        torch.set_float32_matmul_precision("highest")
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision != "fp32"
+        torch.set_float32_matmul_precision("highest" if config.precision == "fp32" else "high")
+        torch.backends.cudnn.allow_tf32 = config.precision != "fp32"
         torch.backends.cudnn.benchmark = not config.deterministic
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -98,8 +96,7 @@ def numerics(config: RunConfig, device: torch.device) -> Iterator[None]:
         torch.set_num_threads(threads)
         torch.set_default_dtype(dtype)
         torch.set_float32_matmul_precision(precision)
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, conv
-        torch.backends.cudnn.benchmark = benchmark
+        torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = conv, benchmark
         if config.deterministic:
             torch.use_deterministic_algorithms(deterministic)
 
@@ -139,7 +136,8 @@ class Training:
             if getattr(config, name) and len(self.data.images) < 16:
                 raise UserError(f"{name}: it needs 16 training images, the subset has {len(self.data.images)}")
         if config.noise_every and not self.data.flipped.any():
-            raise UserError(f"noise_every: no label of {len(self.data.images)} training images is flipped; raise noise_fraction")
+            images = len(self.data.images)
+            raise UserError(f"noise_every: no label of {images} training images is flipped; raise noise_fraction")
         self.start()
 
     def start(self) -> None:
@@ -200,8 +198,8 @@ class Training:
                     raise Diverged
                 if config.due(config.eval_every, epoch + 1):
                     run.append("metrics", [self.metrics_row(epoch + 1, lr)])
-                buffers = [self.optimizer.state[p].get("momentum_buffer") for p in self.model.parameters()]
-                momentum = [torch.zeros_like(p) if b is None else b for p, b in zip(self.model.parameters(), buffers)]
+                params, states = list(self.model.parameters()), self.optimizer.state
+                momentum = [states[p].get("momentum_buffer", torch.zeros_like(p)) for p in params]
                 moment = Moment(config, self.model, self.data, self.batches, plan, momentum, lr)
                 for table, rows in measured(moment, epoch + 1):
                     run.append(table, rows)

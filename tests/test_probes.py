@@ -273,15 +273,21 @@ def test_a_probe_leaves_weights_statistics_modes_and_gradients_to_the_bit(at, tr
     assert torch.equal(torch.get_rng_state(), generator)
 
 
-def test_a_probe_is_in_training_mode_and_full_precision_whatever_surrounds_it():
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_a_probe_is_in_training_mode_and_full_precision_whatever_surrounds_it(precision):
     model, (x, y) = small(), batch()
     plain = gradient_pair(model, x, y, 0.3)
     model.eval()
-    flags = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        other = gradient_pair(model, x, y, 0.3)
-        assert torch.is_autocast_enabled("cpu")
-    assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == flags
+    flags = lambda: (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32)  # noqa: E731
+    try:
+        torch.set_float32_matmul_precision(precision)
+        before = flags()
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            other = gradient_pair(model, x, y, 0.3)
+            assert torch.is_autocast_enabled("cpu")
+        assert flags() == before == (precision, before[1])
+    finally:
+        torch.set_float32_matmul_precision("highest")
     for a, b in zip((*plain.g, *plain.g_sam), (*other.g, *other.g_sam), strict=True):
         assert torch.equal(a, b)
 
