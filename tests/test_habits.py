@@ -15,13 +15,13 @@ from samlib import PROJECT
 KERNEL = {"name": "python", "version": "3.11.7", "codemirror_mode": {"name": "ipython", "version": 3}}
 
 
-@pytest.fixture
-def clone(tmp_path):
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
     """A repository with one notebook of ours, and the hooks installed as CONTRIBUTING says."""
     if not shutil.which("git"):
         pytest.skip("git is not installed here")
-    folder = tmp_path / "clone"
-    (folder / "notebooks").mkdir(parents=True)
+    folder = tmp_path_factory.mktemp("original")
+    (folder / "notebooks").mkdir()
     for name in ("Makefile", "pyproject.toml", "requirements.lock", ".gitattributes", ".pre-commit-config.yaml"):
         shutil.copy2(PROJECT / name, folder)
     shutil.copy(PROJECT / "notebooks/01_train.ipynb", folder / "notebooks")
@@ -32,6 +32,11 @@ def clone(tmp_path):
     assert run(folder, "make", "strip", "hooks").returncode == 0
     git(folder, "add", "notebooks", ".pre-commit-config.yaml", ".gitattributes")
     return folder
+
+
+@pytest.fixture
+def clone(original, tmp_path):
+    return shutil.copytree(original, tmp_path / "clone", symlinks=True)
 
 
 def run(folder, *command: str) -> subprocess.CompletedProcess:
@@ -84,6 +89,15 @@ def test_the_hooks_let_a_clean_commit_pass_and_stop_one_that_lint_refuses(clone)
     git(clone, "add", "wrong.py")
     result = run(clone, "git", "commit", "-m", "wrong")
     assert result.returncode != 0 and "F401" in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("uid, allowed", [("0", True), ("1000", False)])
+def test_make_lab_listens_on_this_machine_alone_and_lets_root_in_only_where_it_is_root(tmp_path, uid, allowed):
+    (tmp_path / "id").write_text(f"#!/bin/sh\necho {uid}\n")
+    (tmp_path / "id").chmod(0o755)
+    command = run(PROJECT, "env", f"PATH={tmp_path}:{os.environ['PATH']}", "make", "--dry-run", "lab").stdout
+    assert "--ip=127.0.0.1 --notebook-dir=." in command and "token" not in command
+    assert ("--allow-root" in command) == allowed
 
 
 def test_ci_and_the_hooks_check_the_same():
