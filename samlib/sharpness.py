@@ -160,12 +160,12 @@ def gauss_newton_diagonal(model: nn.Module, x: Tensor) -> list[Tensor]:
         logits, pull_back = vjp(lambda p: functional_call(model, p | rest, (image[None],))[0], params)
         p = logits.softmax(0)
         sides = p.sqrt()[:, None] * (torch.eye(len(p), dtype=p.dtype, device=p.device) - p)  # (classes, classes)
-        return {name: t.square().sum(0) for name, t in vmap(pull_back)(sides)[0].items()}
+        parts = [vmap(pull_back)(part)[0] for part in sides.split(gradients)]
+        return {name: sum(part[name].square().sum(0) for part in parts) for name in params}
 
     with mode(model, training=False), torch.no_grad():
-        classes = model(x[:1]).shape[1]
-        size = sum(p.numel() * p.element_size() for p in params.values()) * classes
-        for chunk in x.split(max(1, JACOBIAN_BYTES // max(1, size))):
+        gradients = max(1, JACOBIAN_BYTES // max(1, sum(p.numel() * p.element_size() for p in params.values())))
+        for chunk in x.split(max(1, gradients // model(x[:1]).shape[1])):
             for name, squares in vmap(image_squares)(chunk).items():
                 total[name] += squares.sum(0) / len(x)
     return list(total.values())
