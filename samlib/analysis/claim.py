@@ -1,14 +1,17 @@
 """Claims: a document's sentence, a rule fixed before the numbers, and a function from results to findings."""
 
 import pkgutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 
 import pandas as pd
 
 import samlib.analysis
-from samlib.analysis.results import NotMeasured, Results
+from samlib import PROJECT
+from samlib.analysis.results import PUBLISHED, NotMeasured, Results, load
 from samlib.analysis.stats import CONTRADICTED, HOLDS, NOT_MEASURED, UNDECIDED, Estimate
 
 DOCUMENTS = {
@@ -109,7 +112,8 @@ def in_short(findings: list[Finding]) -> str:
     measured = [f for f in findings if f.verdict != NOT_MEASURED]
     if len(measured) < 2:
         return str(measured[0].measured) if measured else next((f.note for f in findings if f.note), "")
-    counts = [f"{sum(f.verdict == v for f in measured)} {v}" for v in (HOLDS, CONTRADICTED, UNDECIDED)]
+    words = {HOLDS: "hold", CONTRADICTED: "contradicted", UNDECIDED: "undecided"}
+    counts = [f"{sum(f.verdict == v for f in measured)} {word}" for v, word in words.items()]
     text = f"{len(measured)} comparisons: {', '.join(c for c in counts if c[0] != '0')}"
     found = [f.measured for f in measured if isinstance(f.measured, Estimate)]
     if len(found) < len(measured) or len({(e.unit, e.signed) for e in found}) > 1:
@@ -124,35 +128,51 @@ def counted(findings: Iterable[Finding]) -> str:
     return "" if not sizes else f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
 
 
-def ledger(results: Results, notebook: str | None = None, subject: str | None = None) -> pd.DataFrame:
-    """With a notebook, a row a finding of its claims: claim, documented, rule, comparison, measured, verdict, note.
-    Without, a row a claim: subject, claim, documented, rule, measured, n, verdict (`overall`), notebook.
+def measured(item: Claim, results: Iterable[Results]) -> list[Finding]:
+    """The findings of several studies together; those that are not measured only where none is."""
+    found = [finding for part in results for finding in item.findings(part)]
+    return [f for f in found if f.verdict != NOT_MEASURED] or found[:1]
 
-    Indexed by the claim's name; the ledgers of several studies stand beside each other by `pd.concat(..., axis=1)`.
+
+def ledger(
+    results: Results | Iterable[Results], notebook: str | None = None, subject: str | None = None, brief: bool = False
+) -> pd.DataFrame:
+    """With a notebook, a row a finding of its claims: document, claim, documented, rule, comparison, measured, verdict,
+    note. Without, or in brief, a row a claim: document, claim, documented, rule, measured, n, verdict, notebook.
+
+    results: of one study, or of several, whose findings count together. Indexed by the claim's name.
     """
-    rows = []
+    results, rows = [results] if isinstance(results, Results) else list(results), []
+    whole = notebook is not None and not brief
     for item in claims(notebook, subject):
-        found = item.findings(results)
+        found = measured(item, results) if len(results) > 1 else item.findings(results[0])
         head = {"name": item.name, "document": item.document, "claim": item.quote}
         head |= {"documented": item.documented or "", "rule": item.rule}
-        if notebook is not None:
+        if whole:
             rows += [
                 head | {"comparison": f.comparison, "measured": str(f.measured), "verdict": f.verdict, "note": f.note}
                 for f in found
             ]
         else:
-            rows.append(
-                head
-                | {
-                    "measured": in_short(found),
-                    "n": counted(found),
-                    "verdict": overall(found),
-                    "notebook": item.notebook or "",
-                }
-            )
-    extra = (
-        ("comparison", "measured", "verdict", "note")
-        if notebook is not None
-        else ("measured", "n", "verdict", "notebook")
-    )
+            row = {"measured": in_short(found), "n": counted(found), "verdict": overall(found)}
+            rows.append(head | row | {"notebook": item.notebook or ""})
+    extra = ("comparison", "measured", "verdict", "note") if whole else ("measured", "n", "verdict", "notebook")
     return pd.DataFrame(rows, columns=["name", "document", "claim", "documented", "rule", *extra]).set_index("name")
+
+
+def columns(studies: Mapping[str, Results | str], root: str | Path = PUBLISHED) -> dict[str, list[Results]]:
+    """The results behind each column of the ledger of all claims. studies: a column's name, and its results, or the
+    pattern of its studies' files below the project. Studies without a run under the root are left out."""
+    found = {name: [part] for name, part in studies.items() if isinstance(part, Results)}
+    for name, pattern in studies.items():
+        for path in sorted(PROJECT.glob(pattern)) if isinstance(pattern, str) else ():
+            with suppress(NotMeasured):
+                found.setdefault(name, []).append(load(path, root))
+    return {name: parts for name, parts in found.items() if parts}
+
+
+def read_from(found: Mapping[str, list[Results]]) -> pd.DataFrame:
+    """What each column stands on: a row a study, its data, and how many of its runs are finished."""
+    rows = [(name, r.study.title, r.study.dataset, f"{len(r.runs())} of {len(r.ids())}", len(r.diverged))
+            for name, parts in found.items() for r in parts]  # fmt: skip
+    return pd.DataFrame(rows, columns=["column", "study", "data", "runs", "diverged"])

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from samlib import PROJECT
-from samlib.analysis.results import CONTROLS, mix_name, mix_order
+from samlib.analysis.results import CONTROLS, in_order, mix_name  # noqa: F401
 from samlib.config import UserError
 
 WIDTH = 9.0  # inches: the most that a notebook shows at its full size
@@ -157,8 +157,3 @@ def faults(figure: Figure) -> list[str]:
         if outside and text not in ticks:  # there are ticks beyond the limits, never drawn
             found.append(f"{words!r} is off the frame")
     return found
-
-
-def in_order(mixes: Any) -> list[str]:
-    """The mixes, each once, in the order of every table and figure."""
-    return sorted(set(mixes), key=mix_order)

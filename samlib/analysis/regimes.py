@@ -1,232 +1,195 @@
-"""The first document's tables, by data fraction and label noise: means and paired differences, each an Estimate.
+"""The first document's tables, by data fraction and label noise, and Experiment 4's large batches.
 
-Accuracies and shares are in percent, their differences in percentage points. A run that is missing or diverged has no
-final numbers (NaN): it is counted in an estimate's `left_out`, never averaged.
+They read a study's grids by name: `regimes`, `twice` (SGD, twice the epochs), `sweep` or `rho`, `augmented`, `batch`.
+Where `regimes` has a mix at several ρ, each regime's is the one that is best on its held-out training images.
 """
 
-import json
-from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Iterator
 
 import numpy as np
 import pandas as pd
 
-from samlib.config import RunConfig, UserError
-from samlib.runs import load_runs, load_table
-from samlib.analysis.old_stats import (
-    Estimate,
-    correlation,
-    epoch_reaching,
-    mean_interval,
-    paired_difference,
-    within_correlation,
+from samlib.analysis.results import (
+    REGIME,
+    NotMeasured,
+    Results,
+    chosen_rho,
+    estimates,
+    in_order,
+    mix_name,
+    mix_order,
+    pairs,
+    trainings,
 )
-from samlib.study import Study
+from samlib.analysis.stats import Estimate, correlation_over_seeds, expected_by_chance, sign_count
 
-CELL = ["data_fraction", "noise_fraction"]  # a regime
-DIFFERENCE = "SAM − SGD"
-NAMES = {"sgd": "SGD", "sam": "SAM"}
-NOTHING = Estimate(np.nan, np.nan, np.nan, 0)
-SEEDS = ("seed", "data_seed")
-# Fields that say what is measured, how often and with what resources, not what is trained.
-MEASURED = (
-    "eval_every", "probe_every", "persistence_steps", "persistence_window", "threshold_every", "sharpness_every",
-    "curvature_every", "scan_every", "scan_rhos", "measure_samples", "state_seconds", "keep_weights",
-    "threads", "graph",
-)  # fmt: skip
-PERCENT = (
-    "train_accuracy", "eval_train_accuracy", "test_accuracy", "best_test_accuracy", "memorized", "corrected",
-)  # fmt: skip
-SHARPNESS = ("random_trained", "random_true", "ascent_trained", "ascent_true", "eigenvalue1", "trace")
-SPEED = ("early", "middle", "final", "epoch_90")
+SHARPNESS = ["measure", "labels", "logits", "setting"]
+VALUES = ("test_accuracy", "eval_train_accuracy", "memorized", "memorized_chance", "corrected")
 
 
-def grid_runs(study: Study, root: str | Path, grid: str | None = None) -> pd.DataFrame:
-    """One row a run of the grid, finished or not: configuration, status (done, diverged or missing), final numbers.
-
-    Beside those of `load_runs`, with PERCENT in percent: gap = training - test accuracy on unaugmented images, against
-    the labels trained on and the true ones; the last sharpness of each measure; `pair`, equal for runs that differ in
-    the mix alone; and `cost_pair`, equal for runs that differ in the mix, the epochs and what is measured.
-    """
-    configs = study.configs(grid)
-    rows = [{"run": c.run_id, **c.model_dump(mode="json"), "seed": c.seed} for c in configs]
-    runs, results = pd.DataFrame(rows).set_index("run"), load_runs(root, [c.run_id for c in configs])
-    columns = [*PERCENT, "test_loss", "best_epoch", "train_images", "flipped", "gradient_evaluations", "diverged_step"]
-    runs = runs.join(results.reindex(columns=["status", *columns]))
-    runs["status"] = runs["status"].fillna("missing")
-    runs[columns] = runs[columns].astype(float)
-    runs[list(PERCENT)] *= 100
-    runs.loc[runs.status != "done", [*PERCENT, "test_loss", "best_epoch"]] = np.nan
-    runs["gap"] = runs.eval_train_accuracy - runs.test_accuracy
-    runs = runs.join(_last_sharpness(root, runs.index[runs.status == "done"]).reindex(columns=list(SHARPNESS)))
-    for measure in ("random", "ascent"):  # on clean data they are the same labels
-        runs[f"{measure}_true"] = runs[f"{measure}_true"].fillna(
-            runs[f"{measure}_trained"].where(runs.noise_fraction == 0)
-        )
-    runs["pair"] = _key(configs, ("mix",))
-    runs["cost_pair"] = _key(configs, ("mix", "epochs", *MEASURED))
-    return runs
+def grid(results: Results, *names: str) -> str:
+    """The first of these grids that is loaded and has finished runs; raises NotMeasured where there is none."""
+    for name in names:
+        if name in results.grids and len(results.runs(name)):
+            return name
+    raise NotMeasured(f"{results.study.title!r} has no finished runs of a grid {' or '.join(map(repr, names))}")
 
 
-def _key(configs: Sequence[RunConfig], without: Sequence[str]) -> list[str]:
-    return [json.dumps({k: v for k, v in c.model_dump(mode="json").items() if k not in without}) for c in configs]
+def chosen(results: Results, name: str = "regimes") -> pd.DataFrame:
+    """The planned runs of a grid: SGD's, and of each other mix those of its chosen ρ in their regime."""
+    runs = trainings(results.planned(grid(results, name)))
+    best = {mix: chosen_rho(runs, mix, REGIME) for mix in set(runs.mix) - {"sgd"}}
+    keep = [r.mix == "sgd" or best[r.mix].get((r.data_fraction, r.noise_fraction)) == r.rho for r in runs.itertuples()]
+    return runs[keep]
 
 
-def _last_sharpness(root: str | Path, ids: Sequence[str]) -> pd.DataFrame:
-    """The last value of every measure, one row a run and one column a measure, as in SHARPNESS."""
-    parts = []
-    for name, label in (("sharpness", ["measure", "labels"]), ("hessian", ["quantity"])):
-        table = load_table(name, root, ids)
-        if len(table):
-            table["column"] = table[label].agg("_".join, axis=1)
-            parts.append(table.groupby(["run", "column"])["value"].last().unstack())
-    return pd.concat(parts, axis=1) if parts else pd.DataFrame()
+def mixes(runs: pd.DataFrame) -> list[str]:
+    """All but SGD, in order."""
+    return [mix for mix in in_order(runs.mix) if mix != "sgd"]
 
 
-def check_regimes(runs: pd.DataFrame, where: str) -> None:
-    """Raises UserError unless the runs are SGD and SAM over data fractions and noise, one setting a regime."""
-    if set(runs.mix) != set(NAMES):
-        raise UserError(f"{where} has the mixes {', '.join(sorted(set(runs.mix)))}; a grid of regimes has sgd and sam")
-    for cell, part in runs.groupby([*CELL, "mix"]):
-        others = [c for c in RunConfig.model_fields if c not in SEEDS and part[c].astype(str).nunique() > 1]
-        if others:
-            raise UserError(f"{where}: runs of one regime {cell} differ in {', '.join(others)}; give it one setting")
+def gains(runs: pd.DataFrame, value: str = "test_accuracy", by: tuple = REGIME, **options: tuple) -> pd.DataFrame:
+    """Each mix minus SGD, paired by seed: a row a regime, a column a mix."""
+    found = {mix: estimates(pairs(runs, mix, "sgd", value, **options), "difference", by) for mix in mixes(runs)}
+    return pd.DataFrame({f"{mix_name(mix)} − SGD": of_mix for mix, of_mix in found.items() if len(of_mix)})
 
 
-def with_curves(runs: pd.DataFrame, root: str | Path) -> pd.DataFrame:
-    """The metrics of the finished and the diverged runs, PERCENT in percent, beside a run's regime and status."""
-    metrics = load_table("metrics", root, runs.index)
-    if metrics.empty:
-        raise UserError(f"{root}: no run of this grid has an evaluation; `python -m samlib run STUDY` trains them")
-    here = [name for name in PERCENT if name in metrics]
-    metrics[here] *= 100
-    return metrics.join(runs[[*CELL, *SEEDS, "mix", "epochs", "status"]], on="run")
+def accuracy(results: Results) -> pd.DataFrame:
+    """Final numbers of each mix in each regime; of several ρ, the chosen one."""
+    runs = chosen(results)
+    runs = runs.assign(rho=runs.rho.mask(runs.mix == "sgd"))
+    values = [value for value in VALUES if runs[value].notna().any()]
+    there = {value: runs[runs.noise_fraction > 0] if value in VALUES[2:] else runs for value in values}
+    table = pd.DataFrame({value: estimates(there[value], value, (*REGIME, "mix", "rho")) for value in values})
+    return table.loc[sorted(table.index, key=lambda key: (*key[:2], mix_order(key[2])))]
 
 
-def with_speed(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
-    """`runs` with SPEED: test accuracy at the first evaluation after a tenth and half of the epochs and at the end,
-    and the first evaluated epoch with at least 90 % of the final accuracy."""
+def differences(results: Results) -> pd.DataFrame:
+    """Each mix minus SGD at the end of training, and what the runs have memorized less."""
+    runs = chosen(results)
+    memorized = gains(runs[runs.noise_fraction > 0], "memorized").add_suffix(", memorized")
+    return gains(runs).join(memorized)
+
+
+def tally(results: Results) -> pd.DataFrame:
+    """In how many regimes a mix is above SGD, how many intervals exclude zero, and how many would by chance alone."""
     rows = {}
-    for run, part in curves[curves.status == "done"].groupby("run"):
-        epochs, accuracy = part.epoch.to_numpy(), part.test_accuracy.to_numpy()
-        at = [accuracy[np.argmax(epochs >= share * epochs[-1])] for share in (0.1, 0.5, 1)]
-        rows[run] = [*at, epoch_reaching(epochs, accuracy)]
-    return runs.join(pd.DataFrame.from_dict(rows, orient="index", columns=list(SPEED), dtype=float))
+    for name, column in gains(chosen(results)).items():
+        found = [e for e in column if not np.isnan(e.value)]
+        judged = [e for e in found if e.n > 1]
+        rows[name] = {
+            "regimes above zero": sign_count(found), "intervals above zero": sum(e.low > 0 for e in judged),
+            "below": sum(e.high < 0 for e in judged), "by chance alone": expected_by_chance(len(judged)),
+        }  # fmt: skip
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("difference")
 
 
-def mean_of(values: pd.Series) -> Estimate:
-    """The mean and its interval over what is there; n = 0 where nothing is."""
-    used = values.dropna()
-    estimate = mean_interval(used) if len(used) else NOTHING
-    return estimate._replace(left_out=len(values) - len(used))
+def interaction(results: Results, over: str, mix: str = "sam") -> pd.Series:
+    """How much a mix's gain over SGD is larger with each label noise than with none, or with each data fraction than
+    with all data, paired by seed, by regime. over: the field of REGIME that varies."""
+    (other,) = set(REGIME) - {over}
+    found = pairs(chosen(results), mix, "sgd")
+    at_base = found[over] == (0 if over == "noise_fraction" else 1)
+    base, rest = found[at_base].set_index([other, "seed"]).difference, found[~at_base]
+    plain = base.reindex(pd.MultiIndex.from_frame(rest[[other, "seed"]])).to_numpy()
+    return estimates(rest.assign(difference=rest.difference - plain), "difference", REGIME)
 
 
-def summary(runs: pd.DataFrame, values: Sequence[str], by: Sequence[str] = CELL) -> pd.DataFrame:
-    """Rows: each group of `by`, times SGD, SAM and their paired difference; columns: the values; cells: Estimates."""
-    rows = {}
-    for cell, part in runs.groupby(list(by)):
-        for mix, name in NAMES.items():
-            rows[*cell, name] = {value: mean_of(part.loc[part.mix == mix, value]) for value in values}
-        difference = {value: paired_difference(part, value, "mix", "sam", "sgd", ["pair"]) for value in values}
-        rows[*cell, DIFFERENCE] = difference
-    return _frame(rows, [*by, "mix"])
+def rivals(results: Results) -> pd.DataFrame:
+    """Each mix's gain beside what cheaper means give SGD: stopping where it is best on held-out images, or twice the
+    epochs, which is as many gradient evaluations."""
+    runs = chosen(results)
+    sgd, stopped = runs.mix == "sgd", runs.stopped_test_accuracy
+    tables = {"last epoch": gains(runs)}
+    if stopped.notna().any():
+        tables["SGD stopped early"] = gains(runs.assign(test_accuracy=stopped.where(sgd, runs.test_accuracy)))
+        tables["both stopped early"] = gains(runs.assign(test_accuracy=stopped))
+    if "twice" in results.grids:
+        longer = results.planned("twice")
+        tables["SGD of twice the epochs"] = gains(pd.concat([runs[~sgd], longer[longer.mix == "sgd"]]), but=("epochs",))
+    table = pd.concat({name: table.stack() for name, table in tables.items() if len(table)}, axis=1)
+    return table.rename_axis([*REGIME, "difference"]).map(lambda e: e if isinstance(e, Estimate) else Estimate())
 
 
-def pooled(runs: pd.DataFrame, value: str) -> pd.DataFrame:
-    """SAM - SGD by label noise over the pairs of all data fractions, each pair counted as independent."""
-    table = summary(runs, [value], ["noise_fraction"])
-    return table.xs(DIFFERENCE, level="mix", drop_level=False)
+def sharpness(results: Results) -> pd.DataFrame:
+    """The chosen runs' sharpness on the labels trained on, a row a run and measure: `kind`, `value`, `gap`; ascent
+    sharpness at the radius that all runs share."""
+    rows = results.last("sharpness", grid(results, "regimes"))
+    rows = rows[rows.index.isin(chosen(results).index) & (rows.labels == "trained") & (rows.status == "done")]
+    shared = rows.probe_rho.astype(float).fillna(rows.rho)
+    rows = rows[(rows.measure != "ascent") | (rows.setting == shared)]
+    return rows.assign(kind=rows.measure + ", " + rows.logits + " logits")
 
 
-def _frame(rows: dict[tuple, dict[str, Estimate]], names: Sequence[str]) -> pd.DataFrame:
-    index = (
-        pd.MultiIndex.from_tuples(rows, names=names)
-        if len(names) > 1
-        else pd.Index([k[0] for k in rows], name=names[0])
-    )
-    return pd.DataFrame(list(rows.values()), index=index)
+def sharpness_differences(results: Results) -> pd.DataFrame:
+    """Each mix's sharpness minus SGD's: a row a measure and regime; below zero is flatter."""
+    return gains(sharpness(results), "value", ("kind", *REGIME), also=tuple(SHARPNESS))
 
 
-def scaling(runs: pd.DataFrame) -> pd.DataFrame:
-    """Test accuracy by data fraction, and what each step to more data adds over pairs of one seed; rows: noise, mix."""
-    rows, sizes = {}, sorted(runs.data_fraction.unique())
-    for (noise, mix), part in runs.groupby(["noise_fraction", "mix"], sort=False):
-        of_size = {
-            f"{100 * size:g} %": mean_of(part.loc[part.data_fraction == size, "test_accuracy"]) for size in sizes
-        }
-        part = part.assign(data_seed=part.data_seed.fillna(part.seed))
-        for a, b in zip(sizes, sizes[1:], strict=False):
-            step = paired_difference(part, "test_accuracy", "data_fraction", b, a, list(SEEDS))
-            of_size[f"{100 * a:g} % → {100 * b:g} %"] = step
-        rows[noise, NAMES[mix]] = of_size
-    return _frame(rows, ["noise_fraction", "mix"]).sort_index(level=0, sort_remaining=False)
+def gap_correlations(results: Results) -> pd.DataFrame:
+    """Correlation of each sharpness with the generalization gap: over a seed's runs, and less the means of each regime;
+    the intervals hold those with any one regime left out. n: seeds."""
+    rows = sharpness(results)
+    rows = rows.assign(regime=[*zip(rows.data_fraction, rows.noise_fraction, strict=True)])
+    means = rows.groupby(["kind", "seed", "regime"])[["value", "gap"]].transform("mean")
+    found = {}
+    for kind, part in rows.groupby("kind"):
+        within = part.assign(**(part[["value", "gap"]] - means[rows.kind == kind]))
+        both = {"over all regimes": part, "within regimes": within}
+        found[kind] = {name: correlation_over_seeds(p, "value", "gap", over="regime") for name, p in both.items()}
+    return pd.DataFrame.from_dict(found, orient="index").rename_axis("sharpness")
 
 
-def early_stopping(runs: pd.DataFrame, by: Sequence[str] = CELL) -> pd.DataFrame:
-    """By regime: SAM's gain; what stopping at the epoch that is best on the test set would add to SGD; what is left."""
-    rows = {}
-    for cell, part in runs.groupby(list(by)):
-        sgd = part[part.mix == "sgd"]
-        mixed = part.assign(value=part.best_test_accuracy.where(part.mix == "sgd", part.test_accuracy))
-        rows[cell] = {
-            "gain": paired_difference(part, "test_accuracy", "mix", "sam", "sgd", ["pair"]),
-            "stopped": mean_of(sgd.best_test_accuracy - sgd.test_accuracy),
-            "left": paired_difference(mixed, "value", "mix", "sam", "sgd", ["pair"]),
-            "both": paired_difference(part, "best_test_accuracy", "mix", "sam", "sgd", ["pair"]),
-        }
-    return _frame(rows, by)
+def sweep(results: Results) -> pd.DataFrame:
+    """Each mix over ρ: held-out accuracy, by which one is chosen, test accuracy and memorized flips."""
+    runs = trainings(results.planned(grid(results, "sweep", "rho")))
+    runs, best = runs[runs.mix != "sgd"], {mix: chosen_rho(runs, mix).get("") for mix in mixes(runs)}
+    values = [v for v in ("validation_accuracy", "test_accuracy", "memorized") if runs[v].notna().any()]
+    table = pd.DataFrame({v: estimates(runs, v, ("mix", "rho")) for v in values})
+    return table.assign(chosen=["✔" if best[mix] == rho else "" for mix, rho in table.index])
 
 
-def equal_cost(runs: pd.DataFrame, twice: pd.DataFrame, by: Sequence[str] = CELL) -> pd.DataFrame:
-    """By regime: SGD, SAM, SGD with twice the epochs, and SAM - SGD for the same epochs and for the same cost."""
-    both = pd.concat([runs, twice[twice.mix == "sgd"].assign(mix="twice")])
-    rows = {}
-    for cell, part in both[both.data_fraction.isin(runs.data_fraction.unique())].groupby(list(by)):
-        means = {mix: mean_of(part.loc[part.mix == mix, "test_accuracy"]) for mix in ("sgd", "sam", "twice")}
-        for name, other in (("same_epochs", "sgd"), ("same_cost", "twice")):
-            means[name] = paired_difference(part, "test_accuracy", "mix", "sam", other, ["cost_pair"])
-        rows[cell] = means
-    return _frame(rows, by)
+def augmentation(results: Results) -> pd.DataFrame:
+    """Test accuracy and training accuracy of the mixes with the documents' augmentation and without it."""
+    runs = pd.concat([chosen(results, "augmented"), chosen(results)])
+    shared = runs.groupby(list(REGIME)).augment.transform("nunique") > 1
+    runs = runs[shared].assign(augment=runs.augment.map({True: "with", False: "without"}))
+    by = (*REGIME, "augment")
+    means = {(mix_name(mix), v): estimates(runs[runs.mix == mix], v, by)
+             for mix in in_order(runs.mix) for v in ("test_accuracy", "eval_train_accuracy")}  # fmt: skip
+    columns = {(name, "test_accuracy"): column for name, column in gains(runs, by=by).items()}
+    return pd.DataFrame(means | columns)
 
 
-class Signs(NamedTuple):
-    """How many of n differences are above and below zero; `shown`: with an interval that excludes zero."""
-
-    n: int
-    above: int
-    below: int
-    shown_above: int
-    shown_below: int
-
-
-def signs(differences: Iterable[Estimate]) -> Signs:
-    there = [e for e in differences if e.n]
-    above, below = sum(e.mean > 0 for e in there), sum(e.mean < 0 for e in there)
-    return Signs(len(there), above, below, sum(e.low > 0 for e in there), sum(e.high < 0 for e in there))
+def batches(results: Results) -> pd.DataFrame:
+    """The planned runs of the grid `batch`, with means over training of each: `loss`, the training loss over the
+    evaluations, and `norm`, the gradient's norm over the probes."""
+    name = grid(results, "batch")
+    runs = trainings(results.planned(name))
+    loss = results.table("metrics", name).groupby("run").eval_train_loss.mean()
+    probes = results.table("probes", name)
+    norm = probes[probes.rho == probes.rho_run].groupby("run").grad_norm.mean()
+    ended = runs.status == "done"
+    return runs.assign(loss=loss.where(ended), norm=norm.where(ended))
 
 
-def verdict(accuracy: Estimate, sharpness: Estimate) -> str:
-    """The rule: SAM - SGD in test accuracy and in sharpness; each counts only where its interval excludes zero."""
-    if np.isnan(accuracy.half):
-        return "undecided: fewer than two pairs"
-    words = ["flatter" if sharpness.high < 0 else "sharper" if sharpness.low > 0 else ""]
-    words.append("better" if accuracy.low > 0 else "worse" if accuracy.high < 0 else "")
-    return " and ".join(word for word in words if word) or "no difference shown"
+def batch_means(results: Results) -> pd.DataFrame:
+    """What each setting of batch size and rate ends with, and its means over training."""
+    runs = batches(results).sort_values(["batch_size", "lr"])
+    values = ("test_accuracy", "eval_train_accuracy", "mean training loss", "mean gradient norm")
+    runs = runs.rename(columns={"loss": values[2], "norm": values[3]})
+    return pd.DataFrame({value: estimates(runs, value, ("batch_size", "lr")) for value in values})
 
 
-def verdicts(runs: pd.DataFrame, sharpness: str = "random_trained") -> pd.Series:
-    """`verdict` of every regime."""
-    differences = summary(runs, ["test_accuracy", sharpness]).xs(DIFFERENCE, level="mix")
-    return differences.apply(lambda row: verdict(row.test_accuracy, row[sharpness]), axis=1)
-
-
-def correlations(runs: pd.DataFrame, measures: Sequence[str], value: str = "gap") -> pd.DataFrame:
-    """Pearson's correlation of each measure with the value over finished runs; and less each regime's means."""
-    rows = {}
-    for measure in measures:
-        used = runs.dropna(subset=[measure, value])
-        x, y = used[measure], used[value]
-        within = within_correlation(x, y, used.groupby(CELL).ngroup()) if len(used) else NOTHING
-        rows[measure] = {"all runs": correlation(x, y), "within regimes": within}
-    return pd.DataFrame(list(rows.values()), index=pd.Index(rows, name="measure"))
+def batch_differences(results: Results, value: str) -> Iterator[tuple]:
+    """(comparison, Estimate, kind): each larger batch minus the smallest at its rate ("larger"), and each larger batch
+    at a higher rate minus itself at the smallest batch's ("faster")."""
+    runs = batches(results)
+    settings = sorted({*zip(runs.batch_size, runs.lr, strict=True)})
+    (small, rate), *others = settings
+    for size, lr in others:
+        base, kind = ((small, rate), "larger") if lr == rate else ((size, rate), "faster")
+        a, b = ({"batch_size": s, "lr": r} for s, r in ((size, lr), base))
+        found = estimates(pairs(runs, a, b, value), "difference", ("batch_size",))
+        for estimate in found if size > small else ():
+            yield f"batch {size}, rate {lr:g}, minus batch {base[0]}, rate {base[1]:g}", estimate, kind

@@ -1,142 +1,141 @@
-"""A study's tables as markdown, for reading without a notebook: `python -m samlib report STUDY`."""
+"""The ledger outside a notebook: the README's table and numbers, a study as markdown, its notebooks as one page."""
 
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from html import escape
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
+import nbformat
 
+from samlib import PROJECT
 from samlib.analysis import regimes
-from samlib.config import RunConfig, UserError
-from samlib.analysis.regimes import CELL, DIFFERENCE
-from samlib.analysis.old_stats import Estimate
-from samlib.study import Study
+from samlib.analysis.claim import Claim, claims, columns, ledger, measured
+from samlib.analysis.results import NotMeasured, Results, load
+from samlib.analysis.tables import SHAPES, markdown
+from samlib.config import UserError
+from samlib.runs import write_atomic
+from samlib.study import Study, relative
 
-MARK = "★"  # after a difference whose interval excludes zero
-# Column: what it is called, and its digits after the point (None: three significant ones).
-LABELS = {
-    "test_accuracy": ("test accuracy, %", 1), "eval_train_accuracy": ("training accuracy, %", 1),
-    "best_test_accuracy": ("best epoch's test accuracy, %", 1), "gap": ("generalization gap, points", 1),
-    "memorized": ("flipped labels memorized, %", 1), "corrected": ("flipped labels corrected, %", 1),
-    "random_trained": ("random-direction sharpness, nats", None), "ascent_trained": ("ascent sharpness, nats", None),
-    "random_true": ("random, true labels, nats", None), "ascent_true": ("ascent, true labels, nats", None),
-    "eigenvalue1": ("largest Hessian eigenvalue", None), "trace": ("Hessian trace", None),
-    "early": ("early (10 % of epochs), %", 1), "middle": ("middle (50 %), %", 1), "final": ("final, %", 1),
-    "epoch_90": ("epoch that reaches 90 % of the final", 1), "data_fraction": ("data", None),
-    "noise_fraction": ("label noise", None), "mix": ("optimizer", None), "sgd": ("SGD, %", 1), "sam": ("SAM, %", 1),
-    "twice": ("SGD, twice the epochs, %", 1), "gain": ("SAM − SGD, final", 1),
-    "stopped": ("SGD: best over final", 1), "left": ("SAM final − SGD best", 1), "both": ("SAM best − SGD best", 1),
-    "same_epochs": ("SAM − SGD, same epochs", 1), "same_cost": ("SAM − SGD, same gradient evaluations", 1),
-}  # fmt: skip
-
-
-def percent(fraction: float) -> str:
-    return f"{100 * fraction:g} %"
-
-
-def text(estimate: Estimate, digits: int | None = 1, difference: bool = False) -> str:
-    """An estimate as a table shows it: mean ± half the interval (n), MARK where a difference's interval excludes 0."""
-    if estimate.n == 0:
-        return "–"
-    if digits is None:
-        sizes = [abs(v) for v in (estimate.mean, estimate.half) if v and not np.isnan(v)]
-        digits = int(np.clip(2 - np.floor(np.log10(max(sizes, default=1))), 0, 6))
-    mark = f" {MARK}" if difference and estimate.excludes_zero else ""
-    return estimate.format(1, digits, signed=difference) + mark
-
-
-def bounds(correlation: Estimate) -> str:
-    """A correlation with the ends of its interval, which is not symmetric, and MARK where that excludes zero."""
-    if np.isnan(correlation.mean):
-        return f"not defined (n={correlation.n})"
-    if np.isnan(correlation.half):
-        return f"{correlation.mean:+.2f} (n={correlation.n}, no interval)"
-    mark = f" {MARK}" if correlation.excludes_zero else ""
-    return f"{correlation.mean:+.2f} ({correlation.low:+.2f} to {correlation.high:+.2f}, n={correlation.n}){mark}"
+STUDIES = {"quick": "studies/quick.yaml", "laptop": "studies/laptop/*.yaml", "paper": "studies/paper/*.yaml"}
+# The claims of the README's table, at most ten.
+HEADLINES = (
+    "sam_beats_sgd", "sam_loses_at_ten_percent_clean", "gain_grows_with_noise", "sam_beats_sgd_at_equal_cost",
+    "flatter_and_better", "over_60_percent_in_checkpoint1", "checkpoint1_contributes_most",
+    "learning_rate_not_direction", "checkpoint2_carries_the_flips", "saner_beats_sam",
+)  # fmt: skip
+TABLE = re.compile(r"(<!-- findings -->\n).*?(<!-- /findings -->)", re.DOTALL)
+NUMBER = re.compile(r"(<!-- (?P<column>\w+) (?P<claim>\w+)(?:: (?P<comparison>[^>]*?))? -->)[^<]*(<!-- / -->)")
+TABLES = {
+    "Accuracy": regimes.accuracy,
+    "SAM and SANER minus SGD": regimes.tally,
+    "Against stopping early and twice the epochs": regimes.rivals,
+    "Sharpness minus SGD's": regimes.sharpness_differences,
+    "Sharpness and the generalization gap": regimes.gap_correlations,
+    "ρ": regimes.sweep,
+    "Augmentation": regimes.augmentation,
+    "Batch size": regimes.batch_means,
+}
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title><style>
+body {{max-width: 60rem; margin: 0 auto; padding: 0 1rem 4rem; font: 16px/1.5 system-ui, sans-serif; color: #222}}
+img {{max-width: 100%; height: auto}} pre {{white-space: pre-wrap; font-size: 13px}} h1 {{line-height: 1.2}}
+section {{border-top: 3px solid #222; margin-top: 3rem}} a {{color: #0050a0}} .anchor-link, .jp-InputPrompt,
+.jp-OutputPrompt, .prompt {{display: none}} .jp-OutputArea-output, .output {{overflow-x: auto}}
+</style></head><body><h1>{title}</h1><p>{about}</p><nav><ul>{index}</ul></nav>
+{sections}
+</body></html>
+"""
 
 
-def markdown(table: pd.DataFrame) -> str:
-    """A table of estimates as a markdown table; difference rows and columns are signed and marked."""
-    names = [*table.index.names, *table.columns]
-    lines = ["| " + " | ".join(LABELS.get(name, (name,))[0] for name in names) + " |", "|---" * len(names) + "|"]
-    for index, row in table.iterrows():
-        keys = index if isinstance(index, tuple) else (index,)
-        cells = [percent(key) if name in CELL else str(key) for name, key in zip(table.index.names, keys, strict=True)]
-        for column, value in row.items():
-            label, digits = LABELS.get(column, (column, 1))
-            difference = DIFFERENCE in keys or "−" in label or "→" in label
-            cells.append(text(value, digits, difference) if isinstance(value, Estimate) else str(value))
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def readme_table(found: Mapping[str, list[Results]]) -> str:
+    """The headline claims as markdown, a column a study: verdict, and what was measured."""
+    ledgers = {name: ledger(parts) for name, parts in found.items()}
+    lines = [["claim", *ledgers, "read"], ["---"] * (len(ledgers) + 2)]
+    for item in [c for name in HEADLINES for c in claims() if c.name == name]:
+        cells = [table.loc[item.name] for table in ledgers.values()]
+        number = f" ({item.documented})" if item.documented else ""
+        texts = [f"{SHAPES[c.verdict]} **{c.verdict}** {c.measured}" for c in cells]
+        lines.append([f"“{item.quote}”{number}", *texts, item.notebook or ""])
+    return "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines) + "\n"
 
 
-def by_setting(runs: pd.DataFrame) -> pd.DataFrame:
-    """Final test accuracy by whatever the runs vary in, but for the seeds and what is measured; cells: Estimates."""
-    fields = [f for f in RunConfig.model_fields if f not in (*regimes.SEEDS, *regimes.MEASURED)]
-    varying = [f for f in fields if runs[f].astype(str).nunique() > 1] or ["mix"]
-    rows = {}
-    for setting, part in runs.assign(**runs[varying].astype(object)).groupby(varying, sort=False, dropna=False):
-        rows[setting] = {name: regimes.mean_of(part[name]) for name in ("test_accuracy", "eval_train_accuracy")}
-    return pd.DataFrame(list(rows.values()), index=pd.MultiIndex.from_tuples(rows, names=varying))
+def readme_number(found: Mapping[str, list[Results]], column: str, claim: str, comparison: str | None) -> str:
+    """What one comparison of a claim measured in a column, or the claim's verdict where none is named.
+
+    Raises UserError where there is no such column, claim or comparison.
+    """
+    of: dict[str, Claim] = {c.name: c for c in claims()}
+    if column not in found or claim not in of:
+        there = ", ".join(found)
+        raise UserError(f"README: there is no claim {claim!r} with a column {column!r}; the columns are {there}")
+    if comparison is None:
+        return ledger(found[column]).loc[claim, "verdict"]
+    findings = {f.comparison: str(f.measured) for f in measured(of[claim], found[column])}
+    if comparison not in findings:
+        raise UserError(f"README: {claim} has no comparison {comparison!r}; it has {', '.join(findings)}")
+    return findings[comparison]
 
 
-def regime_tables(study: Study, root: str | Path, grid: str, twice: str | None) -> dict[str, pd.DataFrame]:
-    """The first document's tables and those beyond it, by title. Raises UserError where the grid is of another kind."""
-    runs = regimes.grid_runs(study, root, grid)
-    regimes.check_regimes(runs, f"{study.name}: grid {grid!r}")
-    runs = regimes.with_speed(runs, regimes.with_curves(runs, root))
-    measured = [name for name in regimes.SHARPNESS if runs[name].notna().any()]
-    tables = {
-        "Accuracy": regimes.summary(runs, ["test_accuracy", "eval_train_accuracy", "best_test_accuracy"]),
-        "SAM − SGD over all data sizes": regimes.pooled(runs, "test_accuracy"),
-        "Sharpness and generalization gap": regimes.summary(runs, ["gap", *measured]),
-        "Speed": regimes.summary(runs, list(regimes.SPEED)),
-        "Scaling with data": regimes.scaling(runs),
-        "Early stopping": regimes.early_stopping(runs),
-    }
-    if runs.noise_fraction.any():
-        noisy = runs[runs.noise_fraction > 0]
-        tables["Flipped training labels, at the end"] = regimes.summary(noisy, ["memorized", "corrected"])
-    if twice is not None:
-        tables["Equal cost"] = regimes.equal_cost(runs, regimes.grid_runs(study, root, twice))
-    return tables
+def readme(text: str, found: Mapping[str, list[Results]]) -> str:
+    """The README with its table, between `<!-- findings -->` and `<!-- /findings -->`, and its numbers, between
+    `<!-- column claim: comparison -->` and `<!-- / -->`, as the results have them."""
+    text = TABLE.sub(lambda m: m[1] + readme_table(found) + m[2], text)
+    return NUMBER.sub(lambda m: m[1] + readme_number(found, m["column"], m["claim"], m["comparison"]) + m[5], text)
 
 
-NAMED = 8  # missing runs told by name, at most
+def write_readme(project: Path = PROJECT) -> None:
+    """Puts what the published runs say into the project's README."""
+    path = project / "README.md"
+    text = path.read_text(encoding="utf-8")
+    found = columns(STUDIES, project / "runs/published")
+    write_atomic(path, readme(text, found).encode())
 
 
-def state(runs: pd.DataFrame) -> str:
-    """In words: how many runs are done, and by name those that diverged or are missing (the first, where many are)."""
-    counts = runs.status.value_counts()
-    lines = [f"{counts.get('done', 0)} of {len(runs)} runs are done."]
-    for status in ("diverged", "missing"):
-        some = runs.index[runs.status == status]
-        if len(some):
-            lines += ["", f"{len(some)} {status}, in no mean below:", ""]
-            named = some if status == "diverged" or len(some) <= NAMED else some[: NAMED - 1]
-            lines += [f"- {run}" for run in named]
-            if len(named) < len(some):
-                lines.append(f"- and {len(some) - len(named)} more, which `python -m samlib status` names")
-    return "\n".join(lines)
-
-
-def report(study: Study, root: str | Path = "runs/local", grid: str | None = None) -> str:
-    """The tables of one grid, or of all, of a study as markdown. Raises UserError for an unknown grid or root."""
-    parts = [
-        f"# {study.title}",
-        f"Data: {study.dataset}. Each cell: mean ± half of the 95 % t interval (n runs, or pairs of one seed); a "
-        f"single run has no interval; {MARK}: a difference whose interval excludes zero.",
-    ]
-    partners = {a.grid: a.parameters.get("twice") for a in study.notebooks if a.notebook == "05_data_regimes"}
-    for name in study.grids if grid is None else [grid]:
-        runs = regimes.grid_runs(study, root, name)
-        parts += [f"## Grid {name}", state(runs)]
-        if not (runs.status == "done").any():
-            continue
-        try:
-            regimes.check_regimes(runs, name)
-            tables = regime_tables(study, root, name, partners.get(name)) if runs[CELL].nunique().max() > 1 else None
-        except UserError:  # a grid of another kind
-            tables = None
-        for title, table in (tables or {"Accuracy": by_setting(runs)}).items():
-            parts += [f"### {title}", markdown(table)]
+def report(study: Study, root: str | Path) -> str:
+    """A study's claims and tables as markdown. Raises UserError where none of its runs is finished."""
+    results = load(study, root)
+    said = ledger(results)
+    said = said[said.measured.ne("") & said.verdict.ne("not measured")]
+    parts = [f"# {study.title}", f"Data: {study.dataset}. {results.state}.", "## Claims", markdown(said)]
+    for title, function in TABLES.items():
+        parts += _measured(title, function, results)
+    for grid in study.grids:
+        about = {"value": "test_accuracy", "by": ("mix", "rho", *regimes.REGIME), "grid": grid}
+        parts += _measured(f"Test accuracy, grid {grid}", partial(Results.means, **about), results)
     return "\n\n".join(parts)
+
+
+def _measured(title: str, function: Callable, results: Results) -> list[str]:
+    try:
+        return [f"## {title}", markdown(function(results))]
+    except NotMeasured:
+        return []
+
+
+def write_html(study: Study, root: Path, out: Path) -> str:
+    """One page of a study's executed notebooks, sources left out, that needs no other file; returns where it is.
+
+    Raises UserError where no notebook of the study is executed.
+    """
+    from nbconvert import HTMLExporter  # takes a second to import
+
+    exporter = HTMLExporter(template_name="basic", exclude_input=True, exclude_input_prompt=True)
+    exporter.exclude_output_prompt = True
+    sections, index = [], []
+    for path in sorted((Path(root) / study.name).glob("[0-9]*.ipynb")):
+        if path.stem.endswith(".failed"):
+            continue
+        notebook = nbformat.read(path, 4)
+        title = next(iter(re.findall(r"^# (.+)$", notebook.cells[0].source, re.MULTILINE)), path.stem)
+        body, _ = exporter.from_notebook_node(notebook)
+        sections.append(f'<section id="{path.stem}">{body}</section>')
+        index.append(f'<li><a href="#{path.stem}">{escape(title)}</a></li>')
+    if not sections:
+        raise UserError(f"{relative(Path(root) / study.name)}: no executed notebook; `python -m samlib run` makes them")
+    about = escape(f"Data: {study.dataset}.")
+    page = PAGE.format(title=escape(study.title), about=about, index="".join(index), sections="\n".join(sections))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(out, page.encode())
+    return relative(out)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,14 @@ class Results:
 
     def ids(self, grid: str | Iterable[str] | None = None) -> list[str]:
         """The ids of the runs that the grid should have, done or not; of all loaded grids where none is named."""
-        return list(dict.fromkeys(c.run_id for name in self._names(grid) for c in self.study.configs(name)))
+        return list(dict.fromkeys(run for name in self._names(grid) for run in self._plan[name]))
+
+    @cached_property
+    def _plan(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """By grid and run id, the configurations."""
+        return {
+            name: {c.run_id: c.model_dump(mode="json") for c in configs} for name, configs in self.study.grids.items()
+        }
 
     def _names(self, grid: str | Iterable[str] | None) -> list[str]:
         return [grid] if isinstance(grid, str) else list(self.grids if grid is None else grid)
@@ -62,7 +70,7 @@ class Results:
 
     def planned(self, grid: str | Iterable[str] | None = None) -> pd.DataFrame:
         """`runs`, and a row for each that is not finished: its configuration, `status` "missing" and no numbers."""
-        rows = {c.run_id: c.model_dump(mode="json") for name in self._names(grid) for c in self.study.configs(name)}
+        rows = {run: values for name in self._names(grid) for run, values in self._plan[name].items()}
         frame = pd.DataFrame(list(rows.values()), index=pd.Index(rows, name="run"))
         frame = frame.join(self._runs[self._runs.columns.difference(frame.columns, sort=False)])
         return frame.assign(status=frame.status.fillna("missing"))
@@ -145,7 +153,10 @@ class Results:
 
         runs: only these of `runs`. note: what comes after it, how ρ was chosen, say."""
         runs = self.runs(grid) if runs is None else runs
-        rhos = sorted(runs.rho[runs.mix != "sgd"].unique())
+        rhos = runs[runs.mix != "sgd"].groupby("mix").rho.agg(_listed)
+        each = [f"{rhos[mix]} for {mix_name(mix)}" for mix in in_order(rhos.index)]
+        if rhos.nunique() == 1 or len(rhos) > 3:
+            each = [_listed(runs.rho[runs.mix != "sgd"])]
         parts = [
             self.study.dataset,
             f"{_listed(100 * runs.data_fraction)} % of the training images",
@@ -153,7 +164,7 @@ class Results:
             " and ".join(
                 f"{m} of width {w}" for m, w in runs[["model", "width"]].drop_duplicates().itertuples(index=False)
             ),
-            f"ρ = {_listed(pd.Series(rhos))}" if rhos else "",
+            f"ρ = {' and '.join(each)}" if len(rhos) else "",
             f"{runs.seed.nunique()} seed{'s' * (runs.seed.nunique() != 1)}",
             note,
         ]
@@ -180,7 +191,7 @@ def load(
     ids = list(dict.fromkeys(config.run_id for config in configs))
     runs = load_runs(root, ids)
     if runs.empty:
-        raise UserError(
+        raise NotMeasured(
             f"{relative(root)} has none of the {len(ids)} runs of {relative(study.path)} ({', '.join(names)}); "
             f"`python -m samlib run {relative(study.path)}` trains them into runs/local"
         )
@@ -323,6 +334,11 @@ def mix_order(mix: str) -> tuple:
     if base in first:
         return 0, first.index(base), "", place
     return (1, len(base), base, place) if base.startswith("checkpoint") else (2, 0, base, place)
+
+
+def in_order(mixes: Iterable[str]) -> list[str]:
+    """The mixes, each once, in the order of every table and figure."""
+    return sorted(set(mixes), key=mix_order)
 
 
 def _listed(values: pd.Series) -> str:

@@ -202,7 +202,7 @@ def correlation_over_seeds(
 
 def lift(observed: float, chance: float) -> float:
     """How many times its chance level something is: 1 is chance. NaN where the chance level is 0. Arrays as well."""
-    expected = np.asarray(chance, dtype=float)
+    observed, expected = np.asarray(observed, dtype=float), np.asarray(chance, dtype=float)
     return np.divide(observed, expected, out=np.full_like(expected, np.nan), where=expected > 0)[()]
 
 

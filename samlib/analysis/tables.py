@@ -1,14 +1,15 @@
 """How a notebook shows a figure or a table of what may not have been measured, and one look for every table."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from html import escape
 from typing import Any
 
 import pandas as pd
 from IPython.display import HTML, Image
 
+from samlib.analysis.claim import DOCUMENTS, claims, ledger
 from samlib.analysis.figures import save, show
-from samlib.analysis.results import NotMeasured, mix_name
+from samlib.analysis.results import NotMeasured, Results, mix_name
 from samlib.analysis.stats import CONTRADICTED, HOLDS, NOT_MEASURED, UNDECIDED
 
 # A verdict by its word and a shape, so that it is read without colours too.
@@ -21,10 +22,20 @@ WORDS = {
     "memorized": "flips memorized", "memorized_chance": "by chance", "corrected": "flips corrected",
     "documented": "its number", "test_loss": "test loss", "eval_train_loss": "training loss",
 }  # fmt: skip
-STYLE = (
-    "<style>.samlib{border-collapse:collapse;font-size:13px}.samlib th,.samlib td{text-align:left;vertical-align:top;"
-    "padding:3px 9px;border-bottom:1px solid #ccc;white-space:normal;max-width:21em;min-width:3em}</style>"
-)
+# A verdict's frame, in the ledger of all claims: told apart in grey, and by the shape where styles are stripped.
+FRAMES = {
+    HOLDS: "background:#222;color:#fff;border:1px solid #222", CONTRADICTED: "border:2px solid #222;color:#222",
+    UNDECIDED: "border:1px dashed #777;color:#444", NOT_MEASURED: "border:1px solid transparent;color:#888",
+}  # fmt: skip
+STYLE = """<style>
+.samlib {border-collapse: collapse; font-size: 13px}
+.samlib th, .samlib td {text-align: left !important; vertical-align: top; padding: 3px 9px;
+  border-bottom: 1px solid #ccc; white-space: normal; max-width: 21em; min-width: 3em}
+.samlib th {border-bottom: 2px solid #222}
+.claims {width: 100%} .claims td {max-width: none; line-height: 1.35} .claims small {color: #555}
+.claims .subject th {font-size: 15px; padding-top: 16px}
+.claims .v {padding: 0 7px; border-radius: 9px; white-space: nowrap}
+</style>"""
 
 
 def word(name: Any) -> str:
@@ -47,8 +58,14 @@ def cells(table: pd.DataFrame | pd.Series) -> pd.DataFrame:
     """The table as text under readable names, its index as columns first; where it has no named index, without it."""
     table = table.to_frame(table.name or "value") if isinstance(table, pd.Series) else table
     table = table.reset_index() if any(table.index.names) and table.index.names != ["name"] else table
-    text = {name: [cell(v, name) for v in table[name]] for name in table}
-    return pd.DataFrame(text).rename(columns=lambda n: " · ".join(map(word, n)) if isinstance(n, tuple) else word(n))
+    if table.index.names == ["name"]:  # a ledger: what a claim says, once
+        repeated = table.index.duplicated()
+        same = {c: table[c].mask(repeated, "") for c in ("document", "claim", "documented", "rule")}
+        table = table.assign(**same).drop(columns="notebook", errors="ignore")
+        table = table[[column for column in table if any(table[column] != "")]]
+    names = [[part for part in (name if isinstance(name, tuple) else (name,)) if part] for name in table]
+    text = {", ".join(map(word, n)): [cell(v, n[0]) for v in table.iloc[:, k]] for k, n in enumerate(names)}
+    return pd.DataFrame(text)
 
 
 def table(content: Any, *arguments: Any) -> HTML:
@@ -74,3 +91,26 @@ def markdown(table: pd.DataFrame | pd.Series) -> str:
     text = cells(table).map(lambda t: t.replace("|", "\\|").replace("\n", " "))
     rows = [list(text.columns), ["---"] * text.shape[1], *text.to_numpy().tolist()]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def claims_page(found: Mapping[str, list[Results]]) -> HTML:
+    """The ledger of all claims: a row a claim under its subject's document, a column a study (claim.columns)."""
+    ledgers = {name: ledger(parts) for name, parts in found.items()}
+    head = "".join(f'<th style="width:{48 // max(1, len(ledgers))}%">{escape(name)}</th>' for name in ledgers)
+    rows = [f'<tr><th style="width:30%">claim</th><th style="width:22%">rule, fixed before the numbers</th>{head}</tr>']
+    for subject, (title, link) in DOCUMENTS.items():
+        heading = f'<a href="{link}">{escape(title)}</a>'
+        rows.append(f'<tr class="subject"><th colspan="{2 + len(ledgers)}">{heading}</th></tr>')
+        for item in claims(subject=subject):
+            source = f"{item.document}. " if item.document != title else ""
+            number = f"Its number: {item.documented}. " if item.documented else ""
+            about = escape(source + number + (f"See {item.notebook}." if item.notebook else ""))
+            rows.append(f"<tr><td>{escape(item.quote)}<br><small>{about}</small></td>")
+            rows[-1] += f"<td><small>{escape(item.rule or 'none: it cannot be measured here')}</small></td>"
+            for table in ledgers.values():
+                of, n = table.loc[item.name], table.loc[item.name, "n"]
+                badge = f'<span class="v" style="{FRAMES[of.verdict]}">{SHAPES[of.verdict]} {of.verdict}</span>'
+                more = f"{of.measured}" + (f"; n = {n}" if n and "n=" not in of.measured else "")
+                rows[-1] += f"<td>{badge}<br><small>{escape(more)}</small></td>"
+            rows[-1] += "</tr>"
+    return HTML(f'{STYLE}<table class="samlib claims">{"".join(rows)}</table>')
