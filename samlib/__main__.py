@@ -4,22 +4,28 @@ import argparse
 import os
 import signal
 import sys
+import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from samlib import PROJECT  # and nothing that imports torch: Dask's workers import this module when they start
+from samlib import PROJECT  # and nothing that imports torch: `--help` is there at once
 
-if __name__ in ("__main__", "__mp_main__"):
-    # Ctrl-C ends this process without a traceback; a worker, which gets it too, leaves it to `stop` below.
-    signal.signal(signal.SIGINT, signal.SIG_DFL if __name__ == "__main__" else signal.SIG_IGN)
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends this process without a traceback; later `stop` below
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 when all is well, 1 when a run or notebook failed, 2 for bad input, 130 after Ctrl-C."""
     args = parser().parse_args(arguments)
     from samlib.config import UserError
+    from samlib.study import Study, read_fields, resolved
 
     try:
+        if "study" in args:
+            args.root = resolved(args.root)
+            args.fields = read_fields([item for items in args.set or [] for item in items])
+            args.study = args.study and Study.load(args.study, args.fields)
         return args.command(args)
     except UserError as error:
         print(f"samlib: {error}", file=sys.stderr)
@@ -33,28 +39,29 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m samlib", description="Run and read studies of SAM.")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(name: str, command: Any, text: str, study: bool = True) -> argparse.ArgumentParser:
+    def add(name: str, command: Any, text: str, nargs: str | None = None) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(command=command)
-        if study:
-            sub.add_argument("study", metavar="STUDY", help="a file such as studies/quick.yaml")
-            sub.add_argument("--root", type=Path, default=PROJECT / "runs/local", help="the runs (default: runs/local)")
+        sub.add_argument("study", nargs=nargs, metavar="STUDY", help="a file such as studies/quick.yaml")
+        given = "fields above the study's base: dataset=cifar10 root=data ..."
+        sub.add_argument("--set", nargs="+", action="append", metavar="FIELD=VALUE", help=given)
+        sub.add_argument("--root", type=Path, default=PROJECT / "runs/local", help="the runs (default: runs/local)")
         return sub
 
-    sub = add(
-        "run", run, "Do what a study still lacks: its runs, then its analysis notebooks; or one run, by --set.", False
-    )
-    sub.add_argument("study", nargs="?", metavar="STUDY", help="a file such as studies/quick.yaml")
-    sub.add_argument("--set", nargs="+", metavar="FIELD=VALUE", help="one run: mix=sam data_fraction=0.1 ...")
-    sub.add_argument("--root", type=Path, default=PROJECT / "runs/local", help="where runs go (default: runs/local)")
+    text = "Do what a study still lacks: its runs, then its analysis notebooks; without a study, the one run of --set."
+    sub = add("run", run, text, "?")
     sub.add_argument("--workers", type=positive, help="runs at a time (default: by the cores; 1 on a GPU)")
     sub.add_argument("--scheduler", help="the address of a Dask cluster, tcp://host:port (default: a local one)")
     sub.add_argument("--dry-run", action="store_true", help="only show what it would do, and the hours it would take")
     sub.add_argument("--no-notebooks", action="store_true", help="train only")
     add("status", status, "What of a study is done.")
     add("publish", publish, "Copy what a study stands on to runs/published and figures.")
-    add("report", report, "A study's tables, as markdown.")
-    sub = add("bench", bench, "Measure the speed here, beside other implementations.", study=False)
+    sub = add("report", report, "A study's tables, as markdown.")
+    sub.add_argument("--html", action="store_true", help="one page with the notebooks, instead; says where it is")
+    sub.add_argument("--out", type=Path, metavar="FILE", help="where that page goes (default: beside the notebooks)")
+    text = "Measure the speed here, beside other implementations."
+    sub = commands.add_parser("bench", help=text, description=text)
+    sub.set_defaults(command=bench)
     sub.add_argument("what", nargs="?", choices=["cpu", "gpu"], default="cpu")
     sub.add_argument("--quick", action="store_true", help="few repeats, to see that it works; the table is not kept")
     return top
@@ -72,40 +79,41 @@ def figures_of(root: Path) -> Path:
 
 
 def run(args: argparse.Namespace) -> int:
-    from samlib.batch import runner
+    from samlib.batch import kernels, runner
     from samlib.config import UserError
     from samlib.runs import Run
-    from samlib.study import Study, parse_config, read_yaml, relative
+    from samlib.study import parse_config, relative
 
-    root = args.root.resolve()
-    if (args.study is None) == (args.set is None):
-        raise UserError("run: name either a study file or one run by --set field=value ...")
-    study = None
-    if args.study is not None:
-        study = Study.load(args.study)
-        study.check_notebooks()
-        configs = study.configs()
-    else:
-        values = {}
-        for item in args.set:
-            name, equals, value = item.partition("=")
-            if not equals or name in values:
-                raise UserError(f"--set: found {item!r:.100}; give each field once, as field=value")
-            values[name] = read_yaml(value, f"--set {name}")
-        configs = [parse_config(values, "--set")]
-    figures = figures_of(root)
+    study, root, scheduler = args.study, args.root, args.scheduler
+    if not (study or args.fields):
+        raise UserError("run: name a study file, or one run by --set field=value ...")
+    if scheduler is not None and not scheduler.strip():
+        raise UserError("--scheduler: it is empty; give tcp://host:port, or leave it out for a cluster of this machine")
+    if study:
+        runner.check_notebooks(study)
+    configs = study.configs() if study else [parse_config(args.fields, "--set")]
     if args.dry_run:
         return dry_run(configs, root, args.workers)
+    figures, batch = figures_of(root), str(os.getpid())
 
-    def stop(*_: Any) -> None:  # no exception: Dask's own way out would wait for its workers
-        runner.end_children()
+    def stopped() -> None:
+        kernels.stop(batch)
+        kernels.stop()
         command = " ".join(["python -m samlib", *sys.argv[1:]])
         print(f"\nStopped. Finished runs are kept and started ones resume: {command}", file=sys.stderr, flush=True)
         os._exit(130)
 
+    def stop(*_: Any) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if scheduler:
+            raise KeyboardInterrupt
+        stopped()  # no exception: Dask's own way out would wait for its workers
+
     before = signal.signal(signal.SIGINT, stop)
     try:
-        failures = runner.run_all(configs, root, study, figures, args.workers, args.scheduler, not args.no_notebooks)
+        failures = runner.run_all(configs, root, study, figures, args.workers, scheduler, not args.no_notebooks, batch)
+    except KeyboardInterrupt:
+        stopped()
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -152,33 +160,32 @@ def dry_run(configs: list, root: Path, workers: int | None) -> int:
 
 def status(args: argparse.Namespace) -> int:
     from samlib.runs import Run
-    from samlib.study import Study, relative
+    from samlib.study import relative
 
-    study, root = Study.load(args.study), args.root.resolve()
-    for grid in study.grids:
-        configs = study.configs(grid)
-        runs = [Run(config, root) for config in configs]
+    for grid in args.study.grids:
+        runs = [Run(config, args.root) for config in args.study.configs(grid)]
         diverged = [run for run in runs if run.done and run.summary["status"] == "diverged"]
         print(f"{grid}: {sum(run.done for run in runs)} of {len(runs)} runs are done")
         for word, some in (("diverged", diverged), ("missing", [run for run in runs if not run.done])):
             for item in some:
                 print(f"  {word}: {item.id}")
-    for analysis in study.notebooks:
-        path = root / study.name / f"{analysis.notebook}.ipynb"
+    for analysis in args.study.notebooks:
+        path = args.root / args.study.name / f"{analysis.notebook}.ipynb"
         print(f"{relative(path)}: {'executed' if path.exists() else 'not executed yet'}")
     return 0
 
 
 def publish(args: argparse.Namespace) -> int:
-    from samlib.batch import runner
-    from samlib.analysis.findings import write_findings
-    from samlib.study import Study
+    from samlib.analysis.report import write_readme
+    from samlib.batch.publish import publish as publish_study
 
-    study, root = Study.load(args.study), args.root.resolve()
-    missing = runner.publish(study, root, figures_of(root))
-    write_findings()
+    study = args.study
+    missing, stale = publish_study(study, args.root, figures_of(args.root))
+    write_readme()
     for config in missing:
         print(f"missing: {config.run_id}")
+    for notebook in stale:
+        print(f"stale: {notebook} is missing or older than what it reads; `run` executes it again, then publish again")
     count = len(study.configs())
     print(
         f"{count - len(missing)} of {count} runs published in runs/published; notebooks in runs/published/{study.name}"
@@ -187,10 +194,12 @@ def publish(args: argparse.Namespace) -> int:
 
 
 def report(args: argparse.Namespace) -> int:
-    from samlib.analysis.report import report as report_of
-    from samlib.study import Study
+    from samlib.analysis import report as reports
 
-    print(report_of(Study.load(args.study), args.root.resolve()))
+    if not args.html:
+        print(reports.report(args.study, args.root))
+        return 0
+    print(reports.write_html(args.study, args.root, args.out or args.root / args.study.name / "report.html"))
     return 0
 
 
@@ -205,5 +214,45 @@ def bench(args: argparse.Namespace) -> int:
     return measure(args.what, args.quick)
 
 
+class Terminal:
+    """stdout or stderr that may be full or gone, as in `... | head`: what is written then is lost, and nothing else."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        return self._try(self.stream.write, text) or len(text)
+
+    def flush(self) -> None:
+        self._try(self.stream.flush)
+
+    def _try(self, function: Any, *arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def open_terminal() -> None:
+    """Makes stdout and stderr fit for anything: closed, full, of an encoding that lacks a name's characters."""
+    for number, name in ((0, "stdin"), (1, "stdout"), (2, "stderr")):
+        with suppress(OSError):
+            os.fstat(number)
+            continue
+        os.open(os.devnull, os.O_RDWR)  # which gets this number: else a socket would, and be written to
+        setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))
+    for name in ("stdout", "stderr"):
+        getattr(sys, name).reconfigure(errors="backslashreplace")
+        setattr(sys, name, Terminal(getattr(sys, name)))
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    open_terminal()
+    warnings.simplefilter("ignore")  # PYTHONWARNINGS=error is for those who develop what is imported here
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    sys.exit(code)

@@ -1,51 +1,73 @@
 """A study: a YAML file that names grids of runs, and the analysis notebooks that read them."""
 
+import hashlib
+import json
 import math
+import os
 import re
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_origin
 
 import pandas as pd
 import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from samlib import PROJECT
-from samlib.config import RunConfig, UserError
+from samlib.config import RunConfig, UserError, describe
 from samlib.runs import Run, load_runs
 
 NOTEBOOKS = PROJECT / "notebooks"
 MOST_RUNS = 10_000
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")  # of a study, a grid, a notebook: they become file names
-NUMBER = re.compile(r"([-+]?(?:\d+\.?\d*|\.\d+))(?:[eE]([-+]?\d+))?")
+GIVEN = ("study", "root", "grid", "figures", "overrides")  # parameters of a notebook that the study itself gives
+LISTS = {name for name, f in RunConfig.model_fields.items() if get_origin(f.annotation) is tuple}
+# In words, and pixels a side.
+DATASETS = {
+    "digits": ("scikit-learn digits", 8),
+    "cifar10": ("CIFAR-10", 32),
+    "cifar100": ("CIFAR-100", 32),
+    "fashion-mnist": ("Fashion-MNIST", 28),
+}
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML, without keys that are given twice or are not text, and without aliases, of which a few fill memory."""
+class Loader(yaml.SafeLoader):
+    """Safe YAML in which only what JSON takes for a number, truth value or null is one: 010, 1:00, 1_000 and yes are
+    text. No key is given twice or is not text; there are no tags, and no aliases, of which a few fill memory.
+    """
+
+    yaml_implicit_resolvers = {}
 
     def compose_node(self, parent, index):
-        if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark
-            raise yaml.MarkedYAMLError(problem="aliases are not used here: write the value out", problem_mark=mark)
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) or event.tag:
+            problem = "aliases and tags are not used here: write the value out"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key, _ in node.value:
-            if key.tag != "tag:yaml.org,2002:str":
-                raise yaml.MarkedYAMLError(
-                    problem=f"the key {key.value!r:.50} is not text", problem_mark=key.start_mark
-                )
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} is there twice", problem_mark=key.start_mark)
-            seen.add(key.value)
+        keys = [key.value if key.tag == "tag:yaml.org,2002:str" else None for key, _ in node.value]
+        for k, (key, _) in enumerate(node.value):
+            if keys[k] is None or keys[k] in keys[:k]:
+                problem = f"the key {key.value!r:.50} is {'not text' if keys[k] is None else 'there twice'}"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
         return super().construct_mapping(node, deep)
+
+
+for _tag, _pattern, _first in (
+    ("null", r"~|null|", "~n"),
+    ("bool", r"[Tt]rue|[Ff]alse", "tTfF"),
+    ("int", r"[-+]?(0|[1-9][0-9]*)", "-+0123456789"),
+    ("float", r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?", "-+.0123456789"),
+):
+    Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), [*_first, ""])
 
 
 def read_yaml(text: str, where: str) -> Any:
     """The value of a YAML text, loaded safely. Raises UserError: `where`, the line, and what is wrong."""
     try:
-        return yaml.load(text, _Loader)
+        return yaml.load(text, Loader)
     except yaml.MarkedYAMLError as error:
         line = f" line {error.problem_mark.line + 1}:" if error.problem_mark else ""
         raise UserError(f"{where}:{line} not a YAML file that can be used: {error.problem}") from None
@@ -54,47 +76,95 @@ def read_yaml(text: str, where: str) -> Any:
         raise UserError(f"{where}: not a YAML file that can be used: {reason}") from None
 
 
+def read_fields(items: list[str]) -> dict[str, Any]:
+    """What `--set field=value ...` says. A relative `root` of the data means the caller's folder."""
+    values = {}
+    for item in items:
+        name, equals, value = item.partition("=")
+        if not equals or name in values:
+            raise UserError(f"--set: found {item!r:.100}; give each field once, as field=value")
+        values[name] = read_yaml(value, f"--set {name}")
+    if isinstance(values.get("root"), str):
+        values["root"] = relative(os.path.abspath(values["root"]))
+    return values
+
+
 def parse_config(values: dict[str, Any], where: str) -> RunConfig:
-    """RunConfig.parse, with `where` before what is wrong, and numbers that YAML takes for text named as such."""
-    for name, value in values.items():
-        known = RunConfig.model_fields.get(name)
-        if known is None or isinstance(known.default, str) or not isinstance(value, str):
-            continue
-        if number := NUMBER.fullmatch(value):
-            mantissa, exponent = number.groups()
-            better = mantissa if exponent is None else f"{float(mantissa)}e{int(exponent):+d}"
-            raise UserError(f"{where}: {name}: YAML reads {value!r} as text: write {better}")
+    """RunConfig.parse, with `where` before what is wrong."""
     try:
         return RunConfig.parse(values)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 
 
-@dataclass(frozen=True)
-class Analysis:
+def _checked(model: type[BaseModel], value: Any, where: str) -> Any:
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: found {'nothing' if value is None else f'{value!r:.100}'}; it is a mapping")
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        raise UserError(f"{where}: {describe(error, model)}") from None
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+Name = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
+
+
+class Analysis(_Strict):
     """An analysis notebook of a study: its name without .ipynb, the grid it reads, and its own parameters."""
 
-    notebook: str
-    grid: str | None
-    parameters: dict[str, Any] = field(default_factory=dict)
+    notebook: Name
+    grid: str | None = None
+    parameters: dict[str, Any] = {}
+
+    @field_validator("parameters")
+    @classmethod
+    def _not_given(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for name in GIVEN:
+            if name in value:
+                raise ValueError(f"{name!r} is given by the study itself; leave it out")
+        return value
+
+
+class _File(_Strict):
+    title: str
+    dataset: str = ""
+    base: dict[str, Any] = {}
+    grids: Annotated[dict[str, Any], Field(min_length=1)]
+    notebooks: list[Any] = []
+
+    @field_validator("grids")
+    @classmethod
+    def _named(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for name in value:
+            if not NAME.fullmatch(name):
+                raise ValueError(f"use letters, digits, - and _ in a grid's name, not {name!r:.50}")
+        return value
 
 
 @dataclass(frozen=True)
 class Study:
     path: Path
-    name: str  # the path below studies/ without .yaml, "/" as "-"
+    name: str  # the path below studies/ without .yaml, "/" as "-"; with overrides, and a hash of them
     title: str
     dataset: str  # in words, for captions
     grids: dict[str, list[RunConfig]]
     notebooks: list[Analysis]
+    overrides: dict[str, Any] = field(default_factory=dict)  # fields, as JSON values, that stand above the file's base
 
     @classmethod
-    def load(cls, path: str | Path) -> "Study":
-        """Reads and checks a study file. Raises UserError that names the file, the grid and the field."""
-        shown = str(path)
+    def load(cls, path: str | Path, overrides: dict[str, Any] | None = None) -> "Study":
+        """Reads and checks a study file; `overrides`, fields of RunConfig, stand above its base.
+
+        Raises UserError that names the file, the grid and the field. An override of a field that a grid sets itself is
+        refused. With overrides the study has another name, and so its own notebooks and figures.
+        """
+        path = resolved(path)
+        shown = relative(path)
         try:
-            path = Path(path).resolve()
-            shown = relative(path)
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             raise UserError(f"{shown}: not a text file; a study is a YAML file") from None
@@ -103,28 +173,27 @@ class Study:
             raise UserError(
                 f"{shown}: cannot be read ({reason}); the studies are in {relative(PROJECT / 'studies')}/"
             ) from None
-        content = read_yaml(text, shown)
-        _check_mapping(content, shown, {"title", "dataset", "base", "grids", "notebooks"}, needed=("title", "grids"))
+        file = _checked(_File, read_yaml(text, shown), shown)
         studies = PROJECT / "studies"
         name = (path.relative_to(studies) if path.is_relative_to(studies) else Path(path.name)).with_suffix("")
         name = "-".join(name.parts)
         if not NAME.fullmatch(name):
             raise UserError(f"{shown}: the file's name becomes a folder's: use letters, digits, - and _ only")
-        title, dataset = content["title"], content.get("dataset", "")
-        for key, value in (("title", title), ("dataset", dataset)):
-            if not isinstance(value, str):
-                raise UserError(f"{shown}: {key}: found {value!r:.100}; it is a text")
-        base = content.get("base", {})
-        _check_mapping(base, f"{shown}: base")
-        parse_config(base, f"{shown}: base")
-        _check_mapping(content["grids"], f"{shown}: grids")
-        if not content["grids"]:
-            raise UserError(f"{shown}: grids: there is none; name at least one")
+        plain = parse_config(file.base, f"{shown}: base")
+        base = parse_config({**file.base, **(overrides or {})}, f"{shown}: --set")
+        json_values = base.model_dump(mode="json")
+        overrides = {key: value for key, value in json_values.items() if getattr(base, key) != getattr(plain, key)}
         grids = {
-            grid: _expand(base, value, grid, f"{shown}: grid {grid!r}") for grid, value in content["grids"].items()
+            grid: _expand(file.base | overrides, value, f"{shown}: grid {grid!r}", overrides)
+            for grid, value in file.grids.items()
         }
-        notebooks = _analyses(content.get("notebooks", []), grids, f"{shown}: notebooks")
-        return cls(path, name, title, dataset or str(base.get("dataset", "cifar10")), grids, notebooks)
+        dataset = file.dataset
+        if not dataset or overrides.keys() & {"dataset", "root", "image_size"}:
+            dataset = name_of_data(base)
+        if overrides:
+            name += "-" + hashlib.sha256(json.dumps(overrides, sort_keys=True).encode()).hexdigest()[:8]
+        notebooks = _analyses(file.notebooks, grids, f"{shown}: notebooks")
+        return cls(path, name, file.title, dataset, grids, notebooks, overrides)
 
     def configs(self, grid: str | None = None) -> list[RunConfig]:
         """The runs of one grid, or of all, each once, in the file's order."""
@@ -148,25 +217,8 @@ class Study:
     def parameters(self, analysis: Analysis, root: Path, figures: Path) -> dict[str, Any]:
         """What is injected into an analysis notebook: paths inside the checkout are relative, for readers elsewhere."""
         given = {"study": relative(self.path), "root": relative(root), "figures": relative(figures)}
-        return {**given, **({"grid": analysis.grid} if analysis.grid else {}), **analysis.parameters}
-
-    def check_notebooks(self) -> None:
-        """Raises UserError where a notebook is not there, or lacks a parameter that it would be given."""
-        import papermill
-
-        for analysis in self.notebooks:
-            path = NOTEBOOKS / f"{analysis.notebook}.ipynb"
-            where = f"{relative(self.path)}: notebooks: {analysis.notebook}"
-            if not path.is_file():
-                there = ", ".join(sorted(p.stem for p in NOTEBOOKS.glob("*.ipynb")))
-                raise UserError(f"{where}: there is no such notebook; there are {there}")
-            try:
-                known = papermill.inspect_notebook(str(path))
-            except Exception as error:  # nbformat raises whatever a broken file provokes
-                raise UserError(f"{where}: {relative(path)} cannot be read ({type(error).__name__})") from None
-            for name in self.parameters(analysis, path, path):
-                if name not in known:
-                    raise UserError(f"{where}: it has no parameter {name!r}; its parameters are {', '.join(known)}")
+        given |= {"grid": analysis.grid} if analysis.grid else {}
+        return given | ({"overrides": self.overrides} if self.overrides else {}) | analysis.parameters
 
 
 def relative(path: str | Path) -> str:
@@ -175,22 +227,26 @@ def relative(path: str | Path) -> str:
     return str(path.relative_to(PROJECT)) if path.is_relative_to(PROJECT) else str(path)
 
 
-def _check_mapping(value: Any, where: str, keys: set[str] | None = None, needed: tuple[str, ...] = ()) -> None:
-    if not isinstance(value, dict):
-        found = "nothing" if value is None else f"{value!r:.100}"
-        raise UserError(f"{where}: found {found}; it is a mapping of names to values")
-    for key in value:
-        if keys is not None and key not in keys:
-            raise UserError(f"{where}: there is no key {key!r}; the keys are {', '.join(sorted(keys))}")
-    for key in needed:
-        if key not in value:
-            raise UserError(f"{where}: the key {key!r} is missing")
+def resolved(path: str | Path) -> Path:
+    """The path, absolute and without links. Raises UserError where it leads in circles or is not UTF-8."""
+    try:
+        path = Path(path).resolve()
+        str(path).encode()
+    except (OSError, RuntimeError, ValueError) as error:  # a circle of links, a NUL, a name that is not UTF-8
+        reason = "its name is not UTF-8" if isinstance(error, UnicodeError) else next(iter(str(error).splitlines()), "")
+        raise UserError(f"{path}: cannot be used as a path ({reason})") from None
+    return path
 
 
-def _expand(base: dict[str, Any], grid: Any, name: str, where: str) -> list[RunConfig]:
+def name_of_data(config: RunConfig) -> str:
+    """The dataset in words, with the size that its images have in the run: "CIFAR-10, 16x16"."""
+    name, size = DATASETS.get(config.dataset, (f"images of {config.root}", None))
+    size = config.image_size or size
+    return f"{name}, {size}x{size}" if size else name
+
+
+def _expand(base: dict[str, Any], grid: Any, where: str, overrides: dict[str, Any]) -> list[RunConfig]:
     """The runs of a grid: the product of its lists, or the union of several such products."""
-    if not NAME.fullmatch(name):
-        raise UserError(f"{where}: use letters, digits, - and _ in a grid's name")
     products = grid if isinstance(grid, list) else [grid]
     if not products:
         raise UserError(f"{where}: it is empty; give it at least one run")
@@ -201,6 +257,8 @@ def _expand(base: dict[str, Any], grid: Any, name: str, where: str) -> list[RunC
     for item in factors:
         for combination in product(*item):
             values = {key: value for part in combination for key, value in part.items()}
+            if both := sorted(overrides.keys() & values):
+                raise UserError(f"{where}: {both[0]}: the grid sets it itself, so --set cannot; edit the study's file")
             config = parse_config({**base, **values}, where)
             configs[config.run_id] = config
     return list(configs.values())
@@ -208,23 +266,22 @@ def _expand(base: dict[str, Any], grid: Any, name: str, where: str) -> list[RunC
 
 def _factors(grid: Any, where: str) -> list[list[dict[str, Any]]]:
     """A factor for every key: its choices, each a mapping of the fields that it sets."""
-    _check_mapping(grid, where)
+    if not isinstance(grid, dict):
+        raise UserError(f"{where}: found {'nothing' if grid is None else f'{grid!r:.100}'}; it is a mapping of fields")
     factors = []
     setters: dict[str, str] = {}
     for key, value in grid.items():
         # A field that holds a list is written as a list; only a list of lists varies it.
         listed = isinstance(value, list)
-        if listed and key in ("persistence_steps", "scan_rhos") and not any(isinstance(v, list | dict) for v in value):
+        if listed and key in LISTS and not any(isinstance(v, list | dict) for v in value):
             listed = False
         if listed and not value:
             raise UserError(f"{where}: {key}: the list is empty; give it at least one value")
         choices = value if listed else [value]
-        if any(isinstance(choice, dict) for choice in choices):
-            if not listed or not all(isinstance(choice, dict) for choice in choices):
-                raise UserError(f"{where}: {key}: a list holds either values or mappings of fields, not both")
-            factor = choices
-        else:
-            factor = [{key: choice} for choice in choices]
+        mappings = [isinstance(choice, dict) for choice in choices]
+        if any(mappings) and not (listed and all(mappings)):
+            raise UserError(f"{where}: {key}: a list holds either values or mappings of fields, not both")
+        factor = choices if any(mappings) else [{key: choice} for choice in choices]
         for name in {name for choice in factor for name in choice}:
             if name in setters:
                 raise UserError(f"{where}: {name}: it is set by both {setters[name]!r} and {key!r}; keep one")
@@ -233,22 +290,14 @@ def _factors(grid: Any, where: str) -> list[list[dict[str, Any]]]:
     return factors
 
 
-def _analyses(value: Any, grids: dict[str, Any], where: str) -> list[Analysis]:
-    if not isinstance(value, list):
-        raise UserError(f"{where}: found {value!r:.100}; it is a list of mappings")
-    analyses = []
-    for item in value:
-        _check_mapping(item, where, {"notebook", "grid", "parameters"}, needed=("notebook",))
-        name, grid, parameters = item["notebook"], item.get("grid"), item.get("parameters", {})
-        if not isinstance(name, str) or not NAME.fullmatch(name):
-            raise UserError(f"{where}: notebook: found {name!r:.100}; it is a file of notebooks/, without .ipynb")
-        if any(name == other.notebook for other in analyses):
-            raise UserError(f"{where}: {name}: it is there twice, and would overwrite its own results")
-        if grid is not None and (not isinstance(grid, str) or grid not in grids):
-            raise UserError(f"{where}: {name}: there is no grid {grid!r:.100}; the grids are {', '.join(grids)}")
-        _check_mapping(parameters, f"{where}: {name}: parameters")
-        for key in parameters:
-            if key in ("study", "root", "grid", "figures"):
-                raise UserError(f"{where}: {name}: parameters: {key!r} is given by the study itself; leave it out")
-        analyses.append(Analysis(name, grid, parameters))
+def _analyses(values: list[Any], grids: dict[str, Any], where: str) -> list[Analysis]:
+    analyses: list[Analysis] = []
+    for value in values:
+        analysis = _checked(Analysis, value, where)
+        where_it = f"{where}: {analysis.notebook}"
+        if any(analysis.notebook == other.notebook for other in analyses):
+            raise UserError(f"{where_it}: it is there twice, and would overwrite its own results")
+        if analysis.grid is not None and analysis.grid not in grids:
+            raise UserError(f"{where_it}: there is no grid {analysis.grid!r:.100}; the grids are {', '.join(grids)}")
+        analyses.append(analysis)
     return analyses

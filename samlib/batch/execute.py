@@ -1,44 +1,128 @@
-"""The task that Dask's workers do: one notebook, executed by papermill. Imports nothing that imports torch."""
+"""The task that Dask's workers do: one notebook, executed by papermill."""
 
-import os
-import warnings
+import logging
+import platform
+import sys
+import time
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
+
+import nbformat
+import papermill
+from papermill.iorw import papermill_io
+
+from samlib.batch import kernels
+from samlib.config import UserError
+from samlib.runs import write_atomic
+
+ATTEMPTS = 3  # of a notebook whose kernel dies
+TOPIC = "samlib"  # of Dask's events: what the terminal is told
+logging.getLogger("papermill").setLevel(logging.CRITICAL)  # what a notebook fails of is told once, by the runner
+
+
+class Memory:
+    """Where papermill writes what it has executed: a notebook is on disk whole, or not at all."""
+
+    scheme = "samlib:"
+    texts: dict[str, str] = {}
+
+    def write(self, text: str, path: str) -> None:
+        self.texts[path] = text
+
+    def pretty_path(self, path: str) -> str:
+        return path
+
+
+papermill_io.register(Memory.scheme, Memory())
+
+
+class Told:
+    """A notebook's stderr. The terminal is told what a run says of its folder: that it waits, sets a state aside."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def write(self, text: str) -> None:
+        for line in text.splitlines():
+            if self.folder in line:
+                tell(line[line.index(self.folder) :])
+
+    def flush(self) -> None:
+        pass
+
+
+def tell(text: str) -> None:
+    """A line for the terminal of whoever runs the study."""
+    from distributed import get_worker
+
+    try:
+        get_worker().log_event(TOPIC, text)
+    except ValueError:  # this is no worker
+        print(text, file=sys.stderr, flush=True)
 
 
 def failed_notebook(output: Path) -> Path:
     return output.with_name(f"{output.stem}.failed.ipynb")
 
 
-def execute(notebook: str, output: str, parameters: dict[str, Any], folder: str) -> str | None:
-    """Executes a notebook, in `folder`; returns its error's last line, or None. What its kernel dies of is raised.
+def execute(notebook: str, output: str, parameters: dict[str, Any], folder: str, batch: str = "") -> str | None:
+    """Executes a notebook, in `folder`; returns its error's last line, or None.
 
-    The output appears whole or not at all; that of a notebook with an error is kept as `<name>.failed.ipynb`.
+    A notebook whose kernel dies is executed again, three times at most. The output appears whole or not at all; that of
+    a notebook with an error is kept as `<name>.failed.ipynb`. `batch`: what `kernels.stop` can stop.
     """
-    import papermill
-
-    from samlib.batch.kernels import fork_kernels
-
-    fork_kernels()
+    if not Path(notebook).is_file():
+        return f"{notebook} is not there on {platform.node()}: workers need this project and its runs at the same paths"
     final = Path(output)
-    failed = failed_notebook(final)
-    partial = final.with_name(f".{final.stem}.{os.getpid()}.ipynb")
-    os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"  # else the debugger warns in every kernel
-    options = {"start_timeout": 600, "extra_arguments": ["--IPKernelApp.log_level=50"]}
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return _execute(notebook, final, parameters, folder, batch)
+        except RuntimeError:  # DeadKernelError, or what else is said of a kernel that is dead before it answers
+            tell(f"{final.parent.name}: the kernel of {final.name} died (attempt {attempt} of {ATTEMPTS})")
+        except (UserError, InterruptedError) as error:
+            return str(error)
+        except OSError as error:
+            return f"{final}: it could not be executed ({error.filename or 'the system'}: {error.strerror or error})"
+    return f"its kernel died {ATTEMPTS} times: killed, or out of memory"
+
+
+def _execute(notebook: str, final: Path, parameters: dict[str, Any], folder: str, batch: str) -> str | None:
+    failed, error = failed_notebook(final), None
+    source = notebook.replace("{", "{{").replace("}", "}}")  # papermill formats paths
+    held = f"{Memory.scheme}{uuid4()}.ipynb"
+    figures = Path(folder, parameters.get("figures", ""), final.parent.name)
+    begin = time.time() - 1.0  # file systems round times
     final.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            papermill.execute_notebook(
-                notebook, str(partial), parameters, cwd=folder, progress_bar=False, log_output=False, **options
-            )
-        os.replace(partial, final)
-        for leftover in (failed, *final.parent.glob(f".{final.stem}.*.ipynb")):  # of workers that were killed
-            leftover.unlink(missing_ok=True)
-    except papermill.PapermillExecutionError as error:
-        os.replace(partial, failed)
-        last = (str(error.evalue).strip().splitlines() or [""])[-1][:1000]
-        return last if error.ename == "UserError" else f"{error.ename}: {last}"
-    finally:
-        partial.unlink(missing_ok=True)
-    return None
+        with kernels.borrowed(folder, batch) as manager:
+            said = Told(f"{parameters.get('root', '')}/{final.parent.name}")
+            quiet = {"progress_bar": False, "log_output": False, "request_save_on_cell_execute": False}
+            options = {"start_timeout": kernels.START, "stderr_file": said, "km": manager}
+            papermill.execute_notebook(source, held, parameters, **quiet, **options)
+    except papermill.PapermillExecutionError as raised:
+        last = (str(raised.evalue).strip().splitlines() or [""])[-1][:1000]
+        error = last if raised.ename == "UserError" else f"{raised.ename}: {last}"
+    executed = nbformat.reads(Memory.texts.pop(held), as_version=4)
+    about = executed.metadata.papermill
+    about.input_path, about.output_path = (_below(path, folder) for path in (notebook, final))
+    if "figures" in parameters:
+        drawn = [p.name for p in figures.glob(f"{final.stem[:2]}_*") if p.stat().st_mtime >= begin]
+        executed.metadata["figures"] = sorted(drawn)
+    write_atomic(final if error is None else failed, nbformat.writes(executed).encode())
+    if error is None:
+        failed.unlink(missing_ok=True)
+    return error
+
+
+def _below(path: str | Path, folder: str) -> str:
+    path = Path(path)
+    return str(path.relative_to(folder)) if path.is_relative_to(folder) else path.name
+
+
+def sees(path: str, text: str) -> bool:
+    """Whether this worker reads that text in that file: it shares the folder with who wrote it."""
+    try:
+        return Path(path).read_text() == text
+    except OSError:
+        return False

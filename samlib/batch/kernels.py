@@ -1,133 +1,162 @@
-"""Kernels for notebooks executed in batch: forked from a process that has their imports already.
+"""Kernels for notebooks executed in batch: one executes many, one after another, and starts each as a new one would.
 
-The start of Python and Jupyter's kernel, and the import of torch, cost seconds a notebook; a fork costs none. The
-process they are forked from belongs to the one that executes notebooks, a Dask worker, and ends when that ends, and
-its kernels with it. Only on Linux: elsewhere libraries do not bear a fork.
+The start of Python, Jupyter's kernel and torch costs seconds; what `samlib.batch.fresh` puts back costs none. Kernels
+are spoken to over sockets in a folder that only this user can enter, and end when the process that started them does.
 """
 
 import atexit
-import gc
-import json
+import itertools
 import os
+import queue
+import shutil
 import signal
 import subprocess
-import sys
+import tempfile
 import threading
-from importlib import import_module
-from importlib.metadata import EntryPoint
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
 from typing import Any
 
-import psutil
-from jupyter_client.provisioning import KernelProvisionerFactory, LocalProvisioner
+from jupyter_client import BlockingKernelClient, KernelManager
+from jupyter_client.kernelspec import KernelSpecManager
+from nbclient.exceptions import DeadKernelError
 
-from samlib import PROJECT
+START = 600  # seconds at most, on a machine that is busy
+RESTORE = "get_ipython().fresh.restore()"
+REMEMBER = f"from samlib.batch.fresh import Fresh; get_ipython().fresh = Fresh(get_ipython()); {RESTORE}"
 
-NAME = "samlib-forked"
-IMPORTS = ("ipykernel.kernelapp", "IPython.display", "matplotlib.pyplot", "PIL.Image", "samlib.train")
-ORIGIN = ("-m", "samlib.batch.kernels")  # the process that kernels are forked from
-
-_lock = threading.Lock()
-_origin: subprocess.Popen | None = None
-
-
-def fork_kernels() -> None:
-    """From here on this process's kernels are forked, where they can be."""
-    factory = KernelProvisionerFactory.instance()
-    if sys.platform == "linux" and factory.default_provisioner_name == "local-provisioner":  # the user chose no other
-        factory.provisioners[NAME] = EntryPoint(NAME, f"{__name__}:ForkedProvisioner", factory.GROUP_NAME)
-        factory.default_provisioner_name = NAME
+_lock = threading.RLock()
+_idle: list["Kernel"] = []
+_busy: dict["Kernel", str] = {}  # and the batch of what it executes
+_stopped: set[str] = set()  # batches that get no kernel any more
+_numbers = itertools.count()
 
 
-class ForkedProcess(psutil.Process):
-    """What Jupyter asks of a kernel's process. No child of this one, so its exit status is not known."""
+@cache
+def folder() -> str:
+    """A folder of this process, and of this user alone, that is gone when the process is, even after SIGKILL."""
+    short = tempfile.gettempdir() if len(tempfile.gettempdir()) < 70 else "/tmp"  # a socket's path has 107 bytes
+    path = tempfile.mkdtemp(prefix="samlib-", dir=short)
+    wait_then_remove = ["sh", "-c", 'cat; sleep 2; exec rm -rf -- "$1"', "sh", path]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
+    folder.remover = subprocess.Popen(wait_then_remove, stdin=subprocess.PIPE, **quiet)
+    atexit.register(stop)
+    return path
 
-    stdin = stdout = stderr = None
 
-    def poll(self) -> int | None:
-        return None if self.is_running() else 0
+class Manager(KernelManager):
+    """Jupyter's, with the client that it made last, which nbclient leaves open."""
+
+    opened: Any = None
+
+    def client(self, **options: Any) -> Any:
+        self.opened = super().client(**options)
+        return self.opened
 
 
-class ForkedProvisioner(LocalProvisioner):
-    """Starts kernels of this very Python as forks, and others, or where that fails, as Jupyter does."""
+class Kernel:
+    """A kernel's process: Jupyter's manager of it, for papermill, and a client that puts its state back."""
 
-    async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> dict[str, Any]:
-        launcher = "ipykernel_launcher"
-        if cmd[0] == sys.executable and launcher in cmd:
+    def __init__(self, cwd: str) -> None:
+        self.cwd = cwd
+        name = os.path.join(folder(), f"{next(_numbers)}.json")
+        specs = KernelSpecManager(kernel_dirs=[])  # so that it is this very Python
+        as_nbclient_wants = "jupyter_client.asynchronous.AsyncKernelClient"
+        options = {"transport": "ipc", "kernel_spec_manager": specs, "client_class": as_nbclient_wants}
+        self.manager = Manager(connection_file=name, **options)
+        environment = {key: value for key, value in os.environ.items() if key != "PYTHONWARNINGS"}
+        environment["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"  # else the debugger warns in every kernel
+        for threads in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # torch's are the run's to set
+            environment.setdefault(threads, "1")
+        quiet = ["--IPKernelApp.log_level=50", "--HistoryManager.hist_file=:memory:"]
+        self.manager.start_kernel(cwd=cwd, env=environment, extra_arguments=quiet)
+        self.process = self.manager.provisioner.process
+        self.client: Any = None
+
+    def renew(self) -> None:
+        """Raises DeadKernelError where it is not alive, RuntimeError where its state cannot be put back."""
+        code = RESTORE
+        if self.client is None:
+            code = REMEMBER
+            self.client = BlockingKernelClient(parent=self.manager, connection_file=self.manager.connection_file)
+            self.client.load_connection_file()
+            self.client.start_channels()
             try:
-                pid = fork(cmd[cmd.index(launcher) + 1 :], kwargs["env"], kwargs.get("cwd") or os.getcwd())
-                self.process = ForkedProcess(pid)
-            except (OSError, psutil.NoSuchProcess):
-                pass
-            else:
-                self.pid = self.pgid = pid
-                return self.connection_info
-        return await super().launch_kernel(cmd, **kwargs)
+                self.client.wait_for_ready(timeout=START)
+            except RuntimeError as error:
+                raise DeadKernelError(str(error)) from None
+        asked = self.client.execute(code, silent=True)
+        while True:
+            try:
+                reply = self.client.get_shell_msg(timeout=1)
+            except queue.Empty:
+                if not self.manager.is_alive():
+                    raise DeadKernelError("Kernel died") from None
+                continue
+            if reply["parent_header"].get("msg_id") == asked:
+                break
+        if reply["content"]["status"] != "ok":
+            raise RuntimeError(reply["content"].get("evalue", ""))
+
+    def kill(self) -> None:
+        """At once, with whatever it started."""
+        with suppress(OSError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def close(self) -> None:
+        """Removes its files and sockets."""
+        if self.client is not None:
+            self.client.stop_channels()
+        self.manager.cleanup_resources()
 
 
-def fork(arguments: list[str], env: dict[str, str], cwd: str) -> int:
-    """The process id of a new kernel. Raises OSError when it cannot be had."""
-    global _origin
+@contextmanager
+def borrowed(cwd: str, batch: str = "") -> Iterator[Any]:
+    """The manager of a kernel whose state is a new one's. It is kept for the next where nothing is raised inside.
+
+    Raises DeadKernelError where it dies, InterruptedError where the batch has been stopped.
+    """
     with _lock:
-        for _ in range(2):  # the origin may have been killed
-            if _origin is None or _origin.poll() is not None:
-                pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-                _origin = subprocess.Popen([sys.executable, *ORIGIN], cwd=PROJECT, start_new_session=True, **pipes)
-            try:
-                print(json.dumps([arguments, env, cwd]), file=_origin.stdin, flush=True)
-                if answer := _origin.stdout.readline():
-                    return int(answer)
-            except BrokenPipeError:
-                pass
-            stop()
-    raise OSError("the process that kernels are forked from does not answer")
-
-
-def stop() -> None:
-    """Ends the process that kernels are forked from, if there is one, and so those that are there."""
-    if _origin is not None:
-        _origin.kill()
-        _origin.wait()
-
-
-def next_kernel() -> tuple[list[str], dict[str, str], str]:
-    """Forks for every line of the standard input and writes the process id; returns in the fork, with what the line
-    says, and does not return in the process itself: it ends when the input does."""
-    ids = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # who has ended is gone, without being waited for
-    for line in sys.stdin:
-        pid = os.fork()
-        if pid == 0:
-            os.setsid()
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            ids.close()
-            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-            return json.loads(line)
-        print(pid, file=ids, flush=True)
-    os._exit(0)
-
-
-def main() -> None:
-    os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")  # as kernels do, before the import
+        if batch in _stopped:
+            raise InterruptedError("stopped")
+        kernel = next((kernel for kernel in _idle if kernel.cwd == cwd), None) or Kernel(cwd)
+        _idle[:] = [other for other in _idle if other is not kernel]
+        _busy[kernel] = batch
+    kept = True
     try:
-        for name in IMPORTS:
-            import_module(name)
-    except Exception:  # the notebook, in a kernel of Jupyter's own, will say what is wrong
-        sys.exit(1)
-    gc.freeze()  # what is there already is shared with the forks: no reason to visit it
-    arguments, env, cwd = next_kernel()
-    os.environ.clear()
-    os.environ.update(env)
-    os.chdir(cwd)
-    if sys.path[0] == str(PROJECT):  # as `python -m` had it
-        del sys.path[0]
-    from ipykernel import kernelapp
+        try:
+            kernel.renew()
+        except RuntimeError:  # an import fails: the notebook will say so
+            kept = False
+        yield kernel.manager
+    except BaseException:
+        kept = False
+        raise
+    finally:
+        if kernel.manager.opened is not None:
+            kernel.manager.opened.stop_channels()
+        with _lock:
+            del _busy[kernel]
+            if kept:
+                _idle.append(kernel)
+        if not kept:
+            kernel.kill()
+            kernel.close()
 
-    # The parent that Jupyter names, and that a kernel ends with, is not the one of a fork.
-    kernelapp.launch_new_instance(argv=[*arguments, f"--IPKernelApp.parent_handle={os.getppid()}"])
-    atexit._run_exitfuncs()
-    os._exit(0)  # Python's own end would visit, and so copy, all memory that is shared with the origin
 
-
-if __name__ == "__main__":
-    main()
+def stop(batch: str | None = None) -> None:
+    """Kills the kernels of a batch, which gets no other; of this process, all, and removes its folder."""
+    with _lock:
+        _stopped.update(_busy.values() if batch is None else [batch])
+        for kernel in [*(k for k, of in _busy.items() if batch in (None, of)), *(_idle if batch is None else [])]:
+            kernel.kill()
+        if batch is None:
+            _idle.clear()
+    if batch is None and folder.cache_info().currsize:
+        folder.remover.kill()
+        folder.remover.wait()
+        shutil.rmtree(folder(), ignore_errors=True)
+        folder.cache_clear()
+        atexit.unregister(stop)
