@@ -1,144 +1,223 @@
-import math
+import ast
 
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+from fake_runs import write_run, write_study
+from scipy import stats
 
-from samlib.analysis.ablation import (
-    batch_difference,
-    batch_learning,
-    differences,
-    document_cells,
-    means,
-    mix_order,
-    pairs,
-    pick,
-    verdict,
-    with_sharpness,
-)
-from samlib.config import RunConfig
-from samlib.analysis.old_stats import Estimate, mean_interval
+from samlib import PROJECT
+from samlib.analysis import ablation, claims_ablation, figures_ablation
+from samlib.analysis.claim import ledger
+from samlib.analysis.figures import faults
+from samlib.analysis.results import NotMeasured, load
+from samlib.study import Study
 
-
-def frame(*rows: dict) -> pd.DataFrame:
-    """Runs as load_runs gives them: every field, a status, a final accuracy (fraction) or NaN where diverged."""
-    table = [
-        {**RunConfig().model_dump(mode="json"), "run": f"run{i}", "test_accuracy": np.nan, **row}
-        for i, row in enumerate(rows)
-    ]
-    table = pd.DataFrame(table).set_index("run")
-    return table.assign(status=np.where(table.test_accuracy.isna(), "diverged", "done"))
+MIXES = ["sgd", "sam", "checkpoint1", "checkpoint2", "shuffled-checkpoint1", "magnitude", "direction", "scale2x0.5"]
+GRIDS = {
+    "ablation": {"mix": MIXES, "rho": 0.4, "seed": [0, 1, 2]},
+    "rho": {"mix": ["sam", "scale2x0.5"], "rho": [0.1, 0.2, 0.4], "seed": [0, 1, 2]},
+}
+BASE = {"noise_fraction": 0.4, "probe_rho": 0.1, "sharpness_every": 1000}
+GAIN = {"sam": 0.1, "checkpoint1": 0.095, "checkpoint2": 0.01, "magnitude": 0.098, "direction": 0.001}
+SHARP = {"sgd": 1.0, "sam": 0.5, "checkpoint1": 0.55}
 
 
-def grid() -> pd.DataFrame:
-    """SGD 0.60 and 0.70 by seed; at rho 0.1 and 0.4 SAM is 0.02 and 0.04 above it; checkpoint1 diverged once."""
-    rows = [{"mix": "sgd", "rho": 0.1, "seed": s, "test_accuracy": 0.6 + 0.1 * s} for s in (0, 1)]
-    for rho in (0.1, 0.4):
-        for s in (0, 1):
-            gain = 0.02 if rho == 0.1 else 0.04
-            rows.append({"mix": "sam", "rho": rho, "seed": s, "test_accuracy": 0.6 + 0.1 * s + gain + 0.01 * s})
-    rows += [{"mix": "checkpoint1", "rho": 0.4, "seed": 0, "test_accuracy": 0.62}]
-    rows += [{"mix": "checkpoint1", "rho": 0.4, "seed": 1}]
-    return frame(*rows)
+def number(config) -> float:
+    """By hand: SGD 0.6 and less by seed; a mix's gain, more by seed, most at ρ = 0.2."""
+    spread = 0.001 * config.seed * (config.mix != "sgd")
+    return 0.6 - 0.02 * config.seed + GAIN.get(config.mix, 0.0) + spread - 0.1 * abs(config.rho - 0.2)
 
 
-def test_sgd_is_paired_by_seed_whatever_the_rho_it_was_configured_with():
-    table = differences(grid(), baseline="sgd")
-    for rho, gain in ((0.1, 0.02), (0.4, 0.04)):
-        cell = pick(table, "sam", rho)
-        assert cell[:3] == pytest.approx(mean_interval([gain, gain + 0.01])[:3]) and cell.n == 2
-    assert set(table.mix) == {"sam", "checkpoint1"}
+def sharpness(config, level: float) -> list[dict]:
+    """The last epoch's rows; an ascent's value depends on its radius, and an earlier epoch says something else."""
+    rows = []
+    for epoch in (1, 2):
+        head = {"epoch": epoch, "labels": "trained", "std": 0.0, "n": 1}
+        for logits in ("raw", "normalized"):
+            value = level + 0.001 * config.seed + 10 * (epoch == 1)
+            rows.append(head | {"measure": "random", "logits": logits, "setting": 0.05, "value": value})
+            for radius in config.radii:
+                row = head | {"measure": "ascent", "logits": logits, "setting": radius}
+                rows.append(row | {"value": value + 5 * (radius != 0.1)})
+        rows.append(rows[0] | {"epoch": epoch, "labels": "true", "value": -1.0})
+    return rows
 
 
-def test_sam_is_paired_at_the_same_rho_and_a_diverged_run_is_left_out():
-    cell = pick(differences(grid(), baseline="sam"), "checkpoint1", 0.4)
-    assert (cell.mean, cell.n, cell.left_out) == (pytest.approx(0.62 - 0.64), 1, 1)
-    assert pick(differences(grid(), baseline="sam"), "checkpoint1", 0.1).n == 0
+def written(folder, grids=GRIDS, base=BASE, sharp=SHARP, only=lambda config: True):
+    study = Study.load(write_study(folder / "s.yaml", grids, base))
+    for config in filter(only, study.configs()):
+        facts = {"test_accuracy": number(config), "eval_train_accuracy": 0.9, "validation_accuracy": number(config)}
+        facts |= {"flipped": 100, "memorized": 0.5 - number(config) / 2, "memorized_chance": 0.1}
+        tables = {"sharpness": sharpness(config, sharp.get(config.mix, 1.2))}
+        write_run(folder / "runs", config, tables, **facts)
+    return load(study, folder / "runs")
 
 
-def test_runs_that_differ_in_another_field_are_no_pair():
-    runs = grid()
-    runs.loc[runs.mix == "sgd", "data_fraction"] = 0.5
-    assert pairs(runs, baseline="sgd").difference.isna().all()
-    assert differences(runs, baseline="sgd").n.eq(0).all()
+@pytest.fixture
+def results(tmp_path):
+    return written(tmp_path)
 
 
-def test_means_count_sgd_once_a_seed_and_diverged_runs_apart():
-    runs = grid()
-    again = runs[runs.mix == "sgd"].assign(rho=0.4)  # the same training under another run id
-    table = means(pd.concat([runs, again.set_axis(["again0", "again1"])]))
-    sgd = pick(table, "sgd", math.nan)
-    assert (sgd.mean, sgd.n) == (pytest.approx(0.65), 2)
-    assert (pick(table, "checkpoint1", 0.4).n, pick(table, "checkpoint1", 0.4).left_out) == (1, 1)
+def test_a_difference_is_the_paired_t_test_over_the_seeds_at_one_rho(results):
+    runs = results.runs("ablation").drop_duplicates(["mix", "seed"]).set_index(["mix", "seed"]).test_accuracy
+    for baseline in ("sgd", "sam"):
+        table = ablation.differences(results, "test_accuracy", baseline, "ablation")
+        for (mix, rho), e in table.items():
+            values = [runs[mix, seed] - runs[baseline, seed] for seed in (0, 1, 2)]
+            low = stats.ttest_1samp(values, 0).confidence_interval(0.95).low
+            assert (e.value, e.n, rho) == (pytest.approx(np.mean(values)), 3, 0.4)
+            assert e.low == pytest.approx(min(low, np.mean(values) - 0.001))  # never narrower than one image
+        assert set(table.index.get_level_values("mix")) == set(MIXES) - {"sgd", baseline}
+    assert list(table.index.get_level_values("mix"))[:3] == ["scale2x0.5", "checkpoint1", "shuffled-checkpoint1"]
 
 
-def test_no_runs_give_empty_tables():
-    assert means(grid().iloc[:0]).empty and differences(grid().iloc[:0]).empty
+def test_a_rho_is_shown_by_held_out_images_alone_and_sgd_is_the_partner_of_all(results):
+    assert ablation.shown_rho(results, "ablation") == 0.4
+    assert ablation.shown_rho(results, "rho") == 0.2
+    table = ablation.rho_choice(results, ["ablation", "rho"])
+    assert table.chosen.tolist() == ["0.2", "0.2"] and list(table.index) == ["sam", "scale2x0.5"]
+    assert set(ablation.differences(results, "test_accuracy").xs("sam", level="mix").index) == {0.1, 0.2, 0.4}
+    with pytest.raises(NotMeasured, match="at one ρ"):
+        ablation.rho_choice(results, "ablation")
 
 
-def test_the_order_is_sgd_sam_subsets_by_size_then_rules():
-    mixes = ["magnitude", "checkpoint12", "sam", "checkpoint4", "sgd", "checkpoint134", "checkpoint1"]
-    ordered = ["sgd", "sam", "checkpoint1", "checkpoint4", "checkpoint12", "checkpoint134", "magnitude"]
-    assert sorted(mixes, key=mix_order) == ordered
+def test_sharpness_is_the_last_epochs_on_the_trained_labels_at_the_common_radius(results):
+    for name in ablation.SHARPNESS:
+        level = ablation.levels(results, name, "ablation")
+        assert level["sam", 0.4].value == pytest.approx(0.501) and str(level["sam", 0.4]).split()[3] == "nats"
+        assert ablation.differences(results, name, grid="ablation")["sam", 0.4].value == pytest.approx(-0.5)
+    assert ablation.sharpness_levels(results, "ablation").iloc[0]["ascent"].value == pytest.approx(1.001)
 
 
-def test_a_verdict_follows_the_interval():
-    above, across, one = Estimate(1, 0.5, 1.5, 3), Estimate(1, -1, 3, 3), Estimate(1, np.nan, np.nan, 1)
-    assert [verdict(above), verdict(above, -1), verdict(across), verdict(one)] == [
-        "holds",
-        "contradicted",
-        "undecided",
-        "undecided",
-    ]
-    assert verdict(Estimate(np.nan, np.nan, np.nan, 0)) == "not measured"
+def test_an_ascent_is_compared_at_equal_radii_alone(tmp_path):
+    base = {"noise_fraction": 0.4, "sharpness_every": 1000, "rho": 0.4}  # SGD's radius; none in common
+    results = written(tmp_path, {"rho": [{"mix": "sgd", "seed": [0, 1, 2]}, GRIDS["rho"]]}, base)
+    found = ablation.differences(results, "ascent")
+    assert set(found.index.get_level_values("rho")) == {0.4} and found["sam", 0.4].value == pytest.approx(-0.5)
 
 
-def test_the_documents_open_cells_stay_open_and_its_double_cells_keep_both_values():
-    rows = [(0.4, "sgd", 77.36), (0.4, "checkpoint3", 79.04), (0.4, "checkpoint3", 78.49), (0.4, "checkpoint4", None)]
-    cells = document_cells(pd.DataFrame(rows, columns=["rho", "update", "test_accuracy_percent"])).set_index("mix")
-    assert cells["values"]["checkpoint3"] == pytest.approx((0.7904, 0.7849))
-    assert cells.to_sgd["checkpoint3"] == pytest.approx((0.7904 + 0.7849) / 2 - 0.7736)
-    assert cells["values"]["checkpoint4"] == () and math.isnan(cells.to_sgd["checkpoint4"])
+def verdicts(results, name: str) -> dict[str, str]:
+    rows = ledger(results, "06_checkpoint_ablation").loc[[name]]
+    return dict(zip(rows.comparison.str.split(":").str[0], rows.verdict, strict=True))
 
 
-def test_sharpness_is_compared_only_where_it_was_measured_alike_and_at_the_end():
-    runs = grid()
-    rows = [
-        (run, epoch, "ascent", "trained", rho, epoch * (1 + rho)) for run, rho in runs.rho.items() for epoch in (1, 2)
-    ]
-    sharp = with_sharpness(runs, pd.DataFrame(rows, columns=["run", "epoch", "measure", "labels", "setting", "value"]))
-    assert len(sharp) == (runs.status == "done").sum() and sharp.sharpness.min() == pytest.approx(2.2)
-    table = differences(sharp, "sharpness", "sgd")
-    assert pick(table, "sam", 0.1).n == 2  # SGD's was measured at rho 0.1 ...
-    assert pick(table, "sam", 0.4).n == 0  # ... and says nothing at 0.4
-    assert with_sharpness(runs, pd.DataFrame(columns=["run"])).empty
+@pytest.mark.parametrize(("level", "verdict"), [(0.55, "holds"), (0.65, "contradicted")])
+def test_flatness_is_maintained_within_a_fifth_of_what_sam_takes_off(tmp_path, level, verdict):
+    found = verdicts(written(tmp_path, sharp=SHARP | {"checkpoint1": level}), "checkpoint1_keeps_flatness")
+    assert found.pop("checkpoint 1 − SAM, test accuracy") == "holds"
+    assert set(found.values()) == {verdict} and len(found) == 4
 
 
-def test_batch_sizes_are_paired_by_seed_though_probed_at_other_steps():
-    rows = [
-        {"batch_size": size, "probe_every": 1024 // size, "seed": s, "test_accuracy": 0.6 + 0.1 * s + gain}
-        for size, gain in ((256, 0.03), (1024, 0.0))
-        for s in (0, 1)
-    ]
-    cell = batch_difference(frame(*rows), "test_accuracy", (1024, 0.1), (256, 0.1))
-    assert (cell.mean, cell.n) == (pytest.approx(-0.03), 2)
+def test_where_sam_is_no_flatter_nothing_is_maintained(tmp_path):
+    results = written(tmp_path, sharp=SHARP | {"sam": 1.0})
+    found = verdicts(results, "checkpoint1_keeps_flatness")
+    assert [v for k, v in found.items() if "margin" in k] == ["undecided"] * 4
+    assert "SAM is not flatter" in ledger(results, "06_checkpoint_ablation").note.str.cat()
 
 
-def test_learning_is_compared_over_the_epochs_and_the_updates_that_runs_share():
-    runs = frame(*[{"batch_size": b, "test_accuracy": 0.6} for b in (256, 1024)], {"batch_size": 512})
-    probes = pd.DataFrame(
-        [("run0", 0, 10.0), ("run0", 4, 0.1), ("run1", 0, 1.0), ("run1", 1, 0.01), ("run2", 0, 5.0)],
-        columns=["run", "step", "grad_norm"],
+def test_experiment_1_is_judged_by_its_rules(results):
+    assert set(verdicts(results, "others_end_sharper").values()) == {"holds"}
+    found = verdicts(results, "learning_rate_not_direction")
+    assert found == dict.fromkeys(
+        ["SAM's sizes, SGD's signs − SAM, test accuracy", "SGD's sizes, SAM's signs − SGD, test accuracy"], "holds"
     )
-    # The loss falls from 1e4 to 1: for run 0 in 40 updates, for run 1 in 10; for both in 4 epochs.
-    metrics = pd.DataFrame(
-        [(f"run{i}", e, e * (10, 2.5)[i], 10 ** (4.0 - e)) for i in (0, 1) for e in range(5)],
-        columns=["run", "epoch", "step", "eval_train_loss"],
-    )
-    learned = batch_learning(runs, probes, metrics)
-    assert learned.first_norm.tolist()[:2] == pytest.approx([1, 0]) and math.isnan(learned.first_norm["run2"])
-    assert learned.mean_norm.tolist()[:2] == pytest.approx([0, -1])
-    assert learned.log_loss_by_epoch.tolist()[:2] == pytest.approx([2, 2])
-    assert learned.log_loss_by_step.tolist()[:2] == pytest.approx([3.5, 2])  # over updates 0 to 10
-    linear = np.interp(np.linspace(0, 4, 101), range(5), [10 ** (4.0 - e) for e in range(5)]).mean()
-    assert learned.loss_by_epoch.tolist()[:2] == pytest.approx([linear, linear])
+    assert verdicts(results, "which_parameters_not_how_many") == {
+        "checkpoint 1 − checkpoint 1, shuffled, test accuracy": "holds"
+    }
+    assert set(verdicts(results, "subsets_with_checkpoint1_beat_sam").values()) == {"not measured"}
+
+
+def test_the_documents_numbers_are_those_of_its_table():
+    cells = ablation.document()
+    assert cells.loc["checkpoint3", 0.4] == pytest.approx((0.7904 + 0.7849) / 2) and np.isnan(cells.loc["sam", 0.8])
+    singles = cells.loc[[f"checkpoint{k}" for k in (1, 2, 3, 4)]]
+    assert (singles.idxmax() == "checkpoint1").all()
+    subsets = cells.loc[list(claims_ablation.SUBSETS)] - cells.loc["sam"]
+    for name, gain in (
+        ("checkpoint1_contributes_most", cells.loc[["checkpoint1"]] - cells.loc["sgd"]),
+        ("checkpoint1_keeps_flatness", cells.loc[["checkpoint1"]] - cells.loc["sam"]),
+        ("subsets_with_checkpoint1_beat_sam", subsets),
+    ):
+        claim = next(c for c in claims_of_06() if c.name == name)
+        low, high = (f"{100 * np.round(x, 4):+.1f}".replace("-", "−") for x in (np.nanmin(gain), np.nanmax(gain)))
+        assert f"{low} to {high} points" in claim.documented
+
+
+def claims_of_06():
+    from samlib.analysis.claim import claims
+
+    return claims("06_checkpoint_ablation")
+
+
+def test_ours_stand_beside_the_documents_and_its_column_14_beside_what_it_ran(results):
+    table = ablation.beside_document(results, "ablation")
+    assert table["as coded"][table["as coded"] != ""].to_dict() == {"checkpoint14": "checkpoint 2+3"}
+    assert str(table.loc["checkpoint1", "document, ρ = 0.1"]) == "+1.7 points (n=1)"
+    assert table.loc["checkpoint1", "here, ρ = 0.4"].value == pytest.approx(0.096)
+    assert table.loc["checkpoint12", "here, ρ = 0.4"] == ""
+
+
+def test_figures_are_readable_and_show_what_there_is(results):
+    for draw in (figures_ablation.accuracy_dots, figures_ablation.sharpness_dots):
+        figure = draw(results, "ablation")
+        assert faults(figure) == []
+        names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+        assert names[:3] == ["SAM", "SANER", "checkpoint 1"]
+        assert "by chance alone" in figure._supxlabel.get_text()
+    assert faults(figures_ablation.accuracy_over_rho(results, ["ablation", "rho"])) == []
+
+
+def test_an_update_with_fewer_runs_says_so(tmp_path):
+    results = written(tmp_path, only=lambda c: c.seed < 2 or c.mix != "checkpoint2")
+    labels = figures_ablation.accuracy_dots(results, "ablation").axes[0].get_yticklabels()
+    assert [t.get_text() for t in labels if "n=" in t.get_text()] == ["checkpoint 2 (n=2)"]
+
+
+def test_without_partners_there_is_a_sentence_and_no_figure(tmp_path):
+    results = written(tmp_path, only=lambda c: c.mix == "sgd")
+    for draw in (figures_ablation.accuracy_dots, figures_ablation.sharpness_dots):
+        with pytest.raises(NotMeasured):
+            draw(results, "ablation")
+    with pytest.raises(NotMeasured):
+        figures_ablation.accuracy_over_rho(results, ["ablation", "rho"])
+
+
+@pytest.mark.parametrize("name", ["06_checkpoint_ablation", "08_label_noise"])
+@pytest.mark.parametrize("only", ["sgd", ""])
+def test_the_notebook_reads_a_study_that_lacks_most_arms(tmp_path, monkeypatch, name, only):
+    written(tmp_path, only=lambda c: only in ("", c.mix))
+    notebook = nbformat.read(PROJECT / f"notebooks/{name}.ipynb", 4)
+    given = {"study": str(tmp_path / "s.yaml"), "root": str(tmp_path / "runs"), "figures": str(tmp_path / "figures")}
+    given |= {"probes": "ablation"} if name.startswith("08") else {}
+    namespace: dict = {}
+    monkeypatch.chdir(tmp_path)
+    for cell in (c for c in notebook.cells if c.cell_type == "code"):
+        assert "hide-input" in cell.metadata.tags
+        lines = ast.parse(cell.source).body
+        shown = ast.unparse(lines.pop()) if isinstance(lines[-1], ast.Expr) else None
+        exec(compile(ast.Module(lines, []), name, "exec"), namespace)
+        if "parameters" in cell.metadata.tags:
+            namespace |= given
+        assert shown is None or eval(shown, namespace) is not None
+    drawn = {path.stem for path in (tmp_path / "figures").rglob("*.png")}
+    every = {"06_accuracy", "06_sharpness", "06_over_rho"} if name.startswith("06") else {"08_memorized", "08_over_rho"}
+    assert drawn == (every if not only else {"08_memorized"} & every)
+
+
+def test_no_notebook_of_these_defines_or_builds_sentences():
+    for name in ("06_checkpoint_ablation", "08_label_noise"):
+        code = [c.source for c in nbformat.read(PROJECT / f"notebooks/{name}.ipynb", 4).cells if c.cell_type == "code"]
+        nodes = [node for source in code for node in ast.walk(ast.parse(source))]
+        assert not any(isinstance(node, ast.FunctionDef | ast.Lambda | ast.JoinedStr) for node in nodes)
+
+
+def test_a_sharpness_that_no_run_has_is_not_measured(tmp_path):
+    study = Study.load(write_study(tmp_path / "s.yaml", {"a": {"mix": ["sgd", "sam"], "seed": [0, 1, 2]}}))
+    for config in study.configs():
+        write_run(tmp_path / "runs", config, test_accuracy=0.5)
+    results = load(study, tmp_path / "runs")
+    rows = ledger(results, "06_checkpoint_ablation")
+    assert rows.verdict["others_end_sharper"] == "not measured"
+    assert isinstance(ablation.accuracy(results), pd.DataFrame)

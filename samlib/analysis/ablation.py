@@ -1,120 +1,128 @@
-"""Tables of the checkpoint ablation and of large batches: from runs to paired differences, with interval and n."""
+"""Tables of the checkpoint ablation: every update against SGD, SAM and its controls, over ρ, beside the document's."""
+
+from collections.abc import Iterator
+from contextlib import suppress
 
 import numpy as np
 import pandas as pd
 
-from samlib.config import RunConfig
-from samlib.analysis.old_stats import Estimate, mean_interval, paired_difference
+from samlib import PROJECT
+from samlib.analysis.results import (
+    REGIME,
+    NotMeasured,
+    Results,
+    chosen_rho,
+    estimates,
+    in_order,
+    mix_order,
+    pairs,
+    trainings,
+)
+from samlib.analysis.stats import Estimate
 
-ESTIMATE, NOTHING = list(Estimate._fields), Estimate(np.nan, np.nan, np.nan, 0)
-
-
-def mix_order(mix: str) -> tuple:
-    """SGD, SAM, the checkpoint subsets by size, then the other rules: the order of every table and figure."""
-    if mix in ("sgd", "sam"):
-        return 0, 0, mix == "sam", ""
-    return (1, len(mix), 0, mix) if mix.startswith("checkpoint") else (2, 0, 0, mix)
-
-
-def pair_key(frame: pd.DataFrame, but: tuple[str, ...] = ("mix", "rho")) -> pd.Series:
-    """Every field of the configuration `but` these, the seed included, as one text: what two paired runs share."""
-    rows = frame[[name for name in RunConfig.model_fields if name not in but]].itertuples(index=False)
-    return pd.Series([str(tuple(row)) for row in rows], index=frame.index, dtype=str)
-
-
-def estimate(values: pd.Series) -> Estimate:
-    """mean_interval of the values that are there; NaN ones (diverged, or without a partner) count as `left_out`."""
-    kept = values.astype(float).dropna()
-    return (mean_interval(kept) if len(kept) else NOTHING)._replace(left_out=len(values) - len(kept))
-
-
-def _estimates(frame: pd.DataFrame, value: str) -> pd.DataFrame:
-    rows = [(*cell, *estimate(values)) for cell, values in frame.groupby(["mix", "rho"], dropna=False)[value]]
-    rows.sort(key=lambda row: (np.nan_to_num(row[1], nan=-1), mix_order(row[0])))
-    return pd.DataFrame(rows, columns=["mix", "rho", *ESTIMATE])
+DOCUMENT = PROJECT / "notebooks/reference/checkpoint_ablation.csv"  # CIFAR-100, one run a cell
+SHARPNESS = {  # of the loss on the labels trained on: the measure and the logits
+    "random directions": ("random", "raw"),
+    "random directions, normalized logits": ("random", "normalized"),
+    "ascent": ("ascent", "raw"),
+    "ascent, normalized logits": ("ascent", "normalized"),
+}
+CELL, SETTING = ("mix", "rho"), (*REGIME, "augment", "rho")
 
 
-def means(frame: pd.DataFrame, value: str = "test_accuracy") -> pd.DataFrame:
-    """The value's estimate by mix and rho (for SGD NaN: it has none); `left_out` counts the diverged runs."""
-    sgd = frame[frame.mix == "sgd"].assign(pair=pair_key, rho=np.nan).drop_duplicates("pair")
-    return _estimates(pd.concat([sgd, frame[frame.mix != "sgd"]]), value)
+def sharpness(results: Results, name: str, grid: str | list[str] | None = None) -> pd.DataFrame:
+    """One of SHARPNESS at the end of each run, `value` in nats; the ascent at the radius that all runs have in common
+    (probe_rho), or at the run's own. Raises NotMeasured."""
+    rows, (measure, logits) = results.last("sharpness", grid), SHARPNESS[name]
+    common = pd.to_numeric(rows.probe_rho).fillna(rows.rho)
+    of = (rows.measure == measure) & (rows.logits == logits) & (rows.labels == "trained")
+    return rows[of & ((rows.setting == common) | (measure == "random"))]
 
 
-def pairs(frame: pd.DataFrame, value: str = "test_accuracy", baseline: str = "sgd") -> pd.DataFrame:
-    """One row a run that is not SGD: `difference`, its value minus that of the baseline run with the same other fields
-    (the rho too, unless it is SGD, which has none; and `setting`, how the value was measured, where there is such a
-    column); NaN where one of the two is missing or diverged."""
-    frame = frame.assign(pair=pair_key)
-    on = ["pair", *(["setting"] if "setting" in frame else []), *(["rho"] if baseline != "sgd" else [])]
-    base = frame[frame.mix == baseline].drop_duplicates(on)[[*on, value]]
-    rows = frame[~frame.mix.isin(["sgd", baseline])]
-    rows = rows.merge(base, on=on, how="left", suffixes=("", "_baseline"), validate="many_to_one")
-    return rows.assign(difference=rows[value].astype(float) - rows[f"{value}_baseline"].astype(float))
+def paired(results: Results, a: str, b: str, value: str, grid: str | list[str] | None = None) -> pd.DataFrame:
+    """`pairs` of two updates in an accuracy or in one of SHARPNESS; of an ascent, at equal radii alone."""
+    if value not in SHARPNESS:
+        return results.pairs(a, b, value, grid)
+    return pairs(sharpness(results, value, grid), a, b, "value", also=("setting",))
 
 
-def differences(frame: pd.DataFrame, value: str = "test_accuracy", baseline: str = "sgd") -> pd.DataFrame:
-    """The estimate of `pairs` by mix and rho, in the value's own unit."""
-    return _estimates(pairs(frame, value, baseline), "difference")
+def differences(results: Results, value: str, baseline: str = "sgd", grid: str | None = None) -> pd.Series:
+    """Each update minus the baseline, paired by seed at the same ρ (SGD has none): an Estimate by mix and ρ."""
+    mixes = [mix for mix in results.runs(grid).mix.unique() if mix not in ("sgd", baseline)]
+    rows = [pair for mix in mixes if len(pair := paired(results, mix, baseline, value, grid))]
+    if not rows:
+        raise NotMeasured(f"no finished run has a partner with the update {baseline}")
+    return ordered(estimates(pd.concat(rows), "difference", CELL, "nats" if value in SHARPNESS else None))
 
 
-def pick(table: pd.DataFrame, mix: str, rho: float) -> Estimate:
-    """One cell of such a table; n = 0 where it has none."""
-    found = table[(table.mix == mix) & (table.rho.isna() if np.isnan(rho) else table.rho == rho)]
-    return Estimate(*next(found[ESTIMATE].itertuples(index=False))) if len(found) else NOTHING
+def levels(results: Results, value: str, grid: str | list[str] | None = None) -> pd.Series:
+    """The mean of an accuracy or of one of SHARPNESS: an Estimate by mix and ρ, which for SGD is NaN."""
+    if value not in SHARPNESS:
+        return ordered(results.means(value, CELL, grid))
+    rows = trainings(sharpness(results, value, grid), also=("setting",))
+    return ordered(estimates(rows.assign(rho=rows.rho.mask(rows.mix == "sgd")), "value", CELL, "nats"))
 
 
-def verdict(difference: Estimate, sign: int = 1) -> str:
-    """Of a claim that the difference has this sign: it holds or is contradicted where the interval says so."""
-    if difference.excludes_zero:
-        return "holds" if difference.mean * sign > 0 else "contradicted"
-    return "undecided" if difference.n else "not measured"
+def ordered(table: pd.Series | pd.DataFrame) -> pd.Series | pd.DataFrame:
+    """A table by mix and ρ, in the order of mixes, then of ρ."""
+    keys = [(mix_order(mix), np.nan_to_num(rho)) for mix, rho in table.index]
+    return table.iloc[sorted(range(len(keys)), key=keys.__getitem__)]
 
 
-def document_cells(reference: pd.DataFrame) -> pd.DataFrame:
-    """The document's table as read (rho, update, test_accuracy_percent), one row a cell: rho, mix, `values` (fractions:
-    two where it gives two, none where it leaves the cell open), `to_sgd` (their mean minus SGD's at the same rho)."""
-    cells = reference.rename(columns={"update": "mix"}).groupby(["rho", "mix"], sort=False).test_accuracy_percent
-    cells = cells.agg(lambda x: tuple(x.dropna() / 100)).rename("values").reset_index()
-    mean = cells["values"].map(lambda v: np.mean(v) if v else np.nan)
-    sgd = cells.rho.map(mean[cells.mix == "sgd"].set_axis(cells.rho[cells.mix == "sgd"]))
-    return cells.assign(to_sgd=mean - sgd)
+def shown_rho(results: Results, grid: str | None = None) -> float:
+    """The ρ of a figure at one: the only one, else the one that SAM's held-out accuracy chooses, or the commonest."""
+    runs = results.runs(grid)
+    chosen, others = chosen_rho(runs).get("", np.nan), runs[runs.mix != "sgd"]
+    return float((others if len(others) else runs).rho.mode()[0] if np.isnan(chosen) else chosen)
 
 
-def with_sharpness(frame: pd.DataFrame, sharpness: pd.DataFrame) -> pd.DataFrame:
-    """The finished runs beside their sharpness at the last epoch: a row a run, `measure`, `labels` and `setting`."""
-    if sharpness.empty:
-        return frame.iloc[:0].assign(measure="", labels="", setting=np.nan, sharpness=np.nan)
-    last = sharpness[sharpness.epoch == sharpness.groupby("run").epoch.transform("max")].set_index("run")
-    last = last[["measure", "labels", "setting", "value"]].rename(columns={"value": "sharpness"})
-    return frame[frame.status == "done"].join(last, how="inner")
+def accuracy(results: Results, grid: str | None = None) -> pd.DataFrame:
+    """Final accuracies, and the test accuracy minus SGD's and SAM's: a row a mix and ρ."""
+    names = ("test_accuracy", "eval_train_accuracy", "memorized", "memorized_chance")
+    table = {name: levels(results, name, grid) for name in names}
+    for mix in ("sgd", "sam"):
+        with suppress(NotMeasured):
+            table[f"minus {mix.upper()}"] = differences(results, "test_accuracy", mix, grid)
+    return ordered(pd.DataFrame(table))
 
 
-def batch_difference(frame: pd.DataFrame, value: str, a: tuple, b: tuple) -> Estimate:
-    """The paired difference, (batch size, learning rate) a minus b, between runs that share all but these and how
-    often they are probed and evaluated."""
-    setting = [str(pair) for pair in zip(frame.batch_size.tolist(), frame.lr.tolist(), strict=True)]
-    sides = frame.assign(setting=setting, pair=pair_key(frame, ("batch_size", "lr", "probe_every", "eval_every")))
-    return paired_difference(sides, value, "setting", str(a), str(b), ["pair"])
+def sharpness_levels(results: Results, grid: str | None = None) -> pd.DataFrame:
+    """Each of SHARPNESS: a row a mix and ρ."""
+    return ordered(pd.DataFrame({name: levels(results, name, grid) for name in SHARPNESS}))
 
 
-def batch_learning(frame: pd.DataFrame, probes: pd.DataFrame, metrics: pd.DataFrame) -> pd.DataFrame:
-    """The frame with columns that say how each run learned; NaN where it diverged or the rows are not there.
+def rho_choice(results: Results, grid: str | list[str] | None = None) -> pd.DataFrame:
+    """Held-out accuracy by ρ and the ρ that it chooses: a row an update that was trained at several."""
+    runs, held_out = results.runs(grid), results.means("validation_accuracy", CELL, grid)
+    swept = in_order(mix for mix, rhos in runs[runs.mix != "sgd"].groupby("mix").rho if rhos.nunique() > 1)
+    if not swept:
+        raise NotMeasured("each update was trained at one ρ, which was not chosen among others")
+    table = held_out.unstack("rho").loc[swept].dropna(axis=1, how="all").rename(columns=lambda rho: f"ρ = {rho:g}")
+    return table.assign(chosen=[f"{chosen_rho(runs, mix)['']:g}" for mix in swept])
 
-    `first_norm`, `mean_norm`: log10 of the mini-batch gradient's norm, at step 0 and as mean over the probes.
-    `loss_by_epoch`, `loss_by_step`: the mean training loss (unaugmented) over the epochs, and over the updates, that
-    all runs have in common, interpolated linearly between evaluations; `log_loss_by_...`: the mean of its log10.
-    """
-    done, frame = frame.index[frame.status == "done"], frame.assign(first_norm=np.nan, mean_norm=np.nan)
-    if len(probes):
-        probes = probes[probes.run.isin(done)].set_index("run")
-        frame["first_norm"] = np.log10(probes.grad_norm[probes.step == 0])
-        frame["mean_norm"] = np.log10(probes.grad_norm).groupby("run").mean()
-    curves = {run: rows for run, rows in metrics.groupby("run") if run in done} if len(metrics) else {}
-    for x in ("epoch", "step"):
-        ends = [(rows[x].min(), rows[x].max()) for rows in curves.values()] or [(0, 0)]
-        low, high = max(a for a, _ in ends), min(b for _, b in ends)
-        grid = np.linspace(low, high, 101) if low <= high else np.array([np.nan])
-        for name, scale in ((f"loss_by_{x}", np.asarray), (f"log_loss_by_{x}", np.log10)):
-            mean = {run: np.interp(grid, rows[x], scale(rows.eval_train_loss)).mean() for run, rows in curves.items()}
-            frame[name] = pd.Series(mean, dtype=float)
-    return frame
+
+def document() -> pd.DataFrame:
+    """The document's test accuracies, fractions by mix and ρ: the mean where a cell has two, NaN where it is open."""
+    cells = pd.read_csv(DOCUMENT).groupby(["update", "rho"]).test_accuracy_percent.mean() / 100
+    return cells.rename_axis(["mix", "rho"]).unstack("rho")
+
+
+def beside_document(results: Results, grid: str | None = None) -> pd.DataFrame:
+    """Test accuracy minus SGD's, a row an update: the document's, a column a ρ, and ours. `as coded`: what its
+    published code applies where that is not what it names."""
+    said = (document() - document().loc["sgd"]).drop("sgd")
+    said = said.map(lambda x: Estimate(x, n=1, unit="points", signed=True)).rename(
+        columns=lambda r: f"document, ρ = {r:g}"
+    )
+    ours = differences(results, "test_accuracy", grid=grid).unstack("rho").rename(columns=lambda r: f"here, ρ = {r:g}")
+    table = said.join(ours, how="outer").fillna("").rename_axis("mix")
+    table.insert(0, "as coded", ["checkpoint 2+3" if mix == "checkpoint14" else "" for mix in table.index])
+    return table.loc[in_order(table.index)]
+
+
+def by_setting(rows: pd.DataFrame, value: str) -> Iterator[tuple[str, Estimate]]:
+    """The difference of `paired` rows in each setting that they hold, with the setting in words."""
+    found = estimates(rows, "difference", SETTING, "nats" if value in SHARPNESS else None)
+    for (data, noise, augment, rho), estimate in found.items():
+        words = (f"{100 * data:g} % of the data", f"{100 * noise:g} % flipped", "augmented" * augment, f"ρ = {rho:g}")
+        yield ", ".join(filter(None, words)), estimate

@@ -1,0 +1,65 @@
+"""What SANER's paper (arXiv 2411.17132) says of checkpoint 2 and flipped labels, in our words, and a control of it."""
+
+from collections.abc import Iterator
+
+from samlib.analysis.ablation import by_setting
+from samlib.analysis.claim import Finding, claim
+from samlib.analysis.claims_ablation import PAIRED, compared
+from samlib.analysis.noise import COLUMNS, at_own_rho, beyond_chance
+from samlib.analysis.results import Results, mix_name
+from samlib.analysis.stats import decide
+
+HERE = {"subject": "noise", "notebook": "08_label_noise"}
+SANER = "scale2x0.5"
+
+
+def on_flips(results: Results, other: str, value: str, **rule: float) -> Iterator[Finding]:
+    """SANER minus another update in every setting with flipped labels; beside SAM also each at its own ρ."""
+    yield from (f for f in compared(results, SANER, other, value, **rule) if ", 0 % flipped" not in f.comparison)
+    rows = at_own_rho(results, SANER, other, value).query("noise_fraction > 0") if other == "sam" else []
+    for where, found in by_setting(rows, value) if len(rows) else ():
+        comparison = f"SANER, at its own ρ, − SAM, at its own, {value.replace('_', ' ')}: {where}"
+        yield Finding(comparison, found, decide(found, **rule))
+
+
+@claim(
+    **HERE,
+    quote="(Paper, in our words) Flipped labels' gradients dominate where 0 < g'/g < 1: in checkpoint 2",
+    rule="beside as many random active parameters of the same kinds of layer, the share of checkpoint 2's parameters "
+    "whose direction the flipped images set, and their share of its |g|, mean over a run's probes: the interval of the "
+    "difference lies above zero",
+)
+def checkpoint2_carries_the_flips(results: Results) -> Iterator[Finding]:
+    for mix in ("sam", "sgd"):
+        for name in ("sets", "of_g"):
+            for rho, found in beyond_chance(results, name, 2, mix).items():
+                yield Finding(f"{mix_name(mix)}, {COLUMNS[name]}: ρ = {rho:g}", found, decide(found, above=0))
+
+
+@claim(
+    **HERE,
+    quote="(Paper, in our words) Scaling checkpoint 2 down (α = 0.5) memorizes fewer flipped labels than SAM",
+    rule=f"memorized flips, SANER minus SAM, {PAIRED}, and each at its own: the interval lies below zero",
+)
+def saner_memorizes_less(results: Results) -> Iterator[Finding]:
+    yield from on_flips(results, "sam", "memorized", below=0)
+
+
+@claim(
+    **HERE,
+    quote="(Paper, in our words) Under label noise SANER tests above SAM",
+    rule=f"test accuracy, SANER minus SAM, {PAIRED}, and each at its own: the interval lies above zero",
+)
+def saner_beats_sam(results: Results) -> Iterator[Finding]:
+    yield from on_flips(results, "sam", "test_accuracy", above=0)
+
+
+@claim(
+    **HERE, document="asked here",
+    quote="It has to be checkpoint 2 that SANER scales, not as many random parameters",
+    rule=f"SANER minus SANER with checkpoints shuffled in each layer, {PAIRED}: memorized flips below zero, test "
+    "accuracy above",
+)  # fmt: skip
+def saner_needs_checkpoint2(results: Results) -> Iterator[Finding]:
+    yield from on_flips(results, f"shuffled-{SANER}", "memorized", below=0)
+    yield from on_flips(results, f"shuffled-{SANER}", "test_accuracy", above=0)

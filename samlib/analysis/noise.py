@@ -1,0 +1,71 @@
+"""Tables of label noise by checkpoint: what images with flipped labels bring to g and to g', and SANER at its own ρ."""
+
+from collections.abc import Sequence
+
+import pandas as pd
+
+from samlib.analysis.results import REGIME, NotMeasured, Results, chosen_rho, pairs
+from samlib.analysis.stats import mean_interval
+from samlib.probes import NOISE_SUMS
+
+RATIOS = {  # of two sums over parameters, see samlib.probes.noise_rows
+    "sets": ("sets_direction", "parameters"),  # the share of the parameters whose direction the flipped images set
+    "of_g": ("g_flipped", "g_l1"),  # the share of sum |g| that they bring
+    "of_g_sam": ("g_sam_flipped", "g_sam_l1"),  # and that of sum |g'|
+    "flipped_grows": ("flipped_sam_l1", "flipped_l1"),  # their part from g to g'
+    "clean_grows": ("clean_sam_l1", "clean_l1"),  # and the clean images'
+}
+COLUMNS = {  # of `by_checkpoint`
+    "share": "of the active parameters", "sets": "flips set the direction", "sets_chance": "by chance",
+    "of_g": "flips' share of |g|", "of_g_chance": "of it by chance", "of_g_sam": "flips' share of |g'|",
+    "flipped_grows": "flips' part, g' over g", "clean_grows": "clean part, g' over g",
+}  # fmt: skip
+
+
+def probe(results: Results, grid: str | None = None, by: Sequence[str] = ()) -> pd.DataFrame:
+    """A row a probe, checkpoint (0: all active parameters) and `by` (kind): the RATIOS, each with its `_chance`, that
+    of as many random active parameters of the same kinds of layer, `share` of the active parameters, and `images`,
+    the share of the probed images that are flipped. Raises NotMeasured."""
+    rows = results.table("noise", grid, fields=("mix", "rho", "seed"))
+    rows, sums = rows[rows.checkpoint > 0], list(NOISE_SUMS)
+    one = ["run", "mix", "rho", "seed", "epoch"]
+    kind = rows.groupby([*one, "kind"])[sums].transform("sum")
+    chance = kind.mul(rows.parameters / kind.parameters.where(kind.parameters > 0), axis=0).add_suffix("_chance")
+    rows = pd.concat([rows, chance], axis=1)
+    rows = pd.concat([rows, rows.assign(checkpoint=0)]).groupby([*one, *by, "checkpoint"])
+    total, first = rows[[*sums, *chance]].sum(), rows[["flipped", "images"]].first()
+    found = {"images": first.flipped / first.images, "share": total.parameters / total.parameters.xs(0, level=-1)}
+    for name, (above, below) in RATIOS.items():
+        for end in ("", "_chance"):
+            found[name + end] = total[above + end] / total[below + end].where(total[below + end] > 0)
+    return pd.DataFrame(found).reset_index()
+
+
+def by_checkpoint(
+    results: Results, grid: str | None = None, mixes: Sequence[str] = ("sam", "sgd"), by: Sequence[str] = ()
+) -> pd.DataFrame:
+    """COLUMNS of `probe`, the mean over a run's probes and then over seeds: a row a mix, ρ, `by` and checkpoint."""
+    rows = probe(results, grid, by)
+    rows = rows[rows.mix.isin(mixes)]
+    if rows.empty:
+        raise NotMeasured(f"no finished run of {' or '.join(mixes)} has the table 'noise'")
+    cell = ["mix", "rho", *by, "checkpoint"]
+    runs = rows.groupby([*cell, "run"])[list(COLUMNS)].mean().groupby(cell)
+    units = {name: "" if name.endswith("grows") else "%" for name in COLUMNS}
+    table = {title: runs[name].agg(mean_interval, unit=units[name]) for name, title in COLUMNS.items()}
+    return pd.DataFrame(table).rename(index=lambda code: "all" if code == 0 else code, level="checkpoint")
+
+
+def beyond_chance(results: Results, name: str, checkpoint: int, mix: str) -> pd.Series:
+    """One of RATIOS minus its chance level, the mean over each run's probes: an Estimate by ρ."""
+    rows = probe(results).query("checkpoint == @checkpoint and mix == @mix")
+    runs = (rows[name] - rows[f"{name}_chance"]).groupby([rows.rho, rows.run]).mean()
+    return runs.groupby(level="rho").agg(mean_interval, unit="points", signed=True)
+
+
+def at_own_rho(results: Results, a: str, b: str, value: str) -> pd.DataFrame:
+    """`pairs` of two updates, each at the ρ that its own held-out accuracy chooses in that setting."""
+    plan, where = results.planned(), [*REGIME, "augment"]
+    chosen = {(mix, *at): rho for mix in (a, b) for at, rho in chosen_rho(results.runs(), mix, where).items()}
+    best = [chosen.get(key) for key in plan[["mix", *where]].itertuples(index=False, name=None)]
+    return pairs(plan[plan.rho == best], a, b, value, but=("rho",))
