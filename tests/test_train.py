@@ -308,13 +308,13 @@ SURROUNDINGS = {
         torch.set_float32_matmul_precision("medium"),
         stack.callback(torch.set_float32_matmul_precision, "highest"),
     ),
-    "threads": lambda stack: (torch.set_num_threads(2), stack.callback(torch.set_num_threads, torch.get_num_threads())),
+    "threads": lambda stack: (stack.callback(torch.set_num_threads, 1), torch.set_num_threads(2)),
 }
 
 
 @pytest.mark.parametrize("name", SURROUNDINGS)
 def test_what_surrounds_a_training_changes_no_bit_of_it(measured, whole, tmp_path, name):
-    alone = measured if name in ("autocast", "default dtype", "default device") else whole
+    alone = measured if name in ("autocast", "default device") else whole  # the former with every measure
     with ExitStack() as stack:
         SURROUNDINGS[name](stack)
         before = torch.get_default_dtype(), torch.get_float32_matmul_precision(), torch.get_num_threads()
@@ -470,7 +470,7 @@ def stopped_after(whole, root, monkeypatch, steps) -> Run:
     return Run(whole.config, root)
 
 
-@pytest.mark.parametrize("steps", [0, 1, 4, 6, 7, 13])  # 7 steps an epoch, so the 7th state lies between two epochs
+@pytest.mark.parametrize("steps", [1, 7, 13])  # 7 steps an epoch, so the 7th state lies between two epochs
 def test_a_resumed_run_ends_in_the_same_bits(any_whole, tmp_path, monkeypatch, steps):
     stopped_after(any_whole, tmp_path, monkeypatch, steps)
     assert_same_run(any_whole, train(any_whole.config, tmp_path, progress=False))
@@ -483,7 +483,7 @@ def whole_measured(tmp_path_factory):
     return trained(tmp_path_factory.mktemp("whole"), **fields)
 
 
-@pytest.mark.parametrize("steps", [3, 10])
+@pytest.mark.parametrize("steps", [10])
 def test_every_table_of_a_resumed_run_has_the_same_bytes(whole_measured, tmp_path, monkeypatch, steps):
     run = stopped_after(whole_measured, tmp_path, monkeypatch, steps)
     assert_same_run(whole_measured, train(run.config, tmp_path, progress=False))
@@ -493,7 +493,8 @@ def test_every_table_of_a_resumed_run_has_the_same_bytes(whole_measured, tmp_pat
 
 
 def test_a_run_interrupted_again_and_again_ends_in_the_same_bits(whole, tmp_path, monkeypatch):
-    for _ in range(5):
+    stopped_after(whole, tmp_path, monkeypatch, 0)
+    for _ in range(3):
         stopped_after(whole, tmp_path, monkeypatch, 2)
     assert_same_run(whole, train(whole.config, tmp_path, progress=False))
 
