@@ -9,7 +9,7 @@ from scipy import stats
 
 from samlib import PROJECT
 from samlib.analysis import ablation, claims_ablation, figures_ablation
-from samlib.analysis.claim import ledger
+from samlib.analysis.claim import claims
 from samlib.analysis.figures import faults
 from samlib.analysis.results import NotMeasured, load
 from samlib.study import Study
@@ -98,29 +98,32 @@ def test_an_ascent_is_compared_at_equal_radii_alone(tmp_path):
     assert set(found.index.get_level_values("rho")) == {0.4} and found["sam", 0.4].value == pytest.approx(-0.5)
 
 
+def found(results, name: str) -> list:
+    return next(claim for claim in claims("06_checkpoint_ablation") if claim.name == name).findings(results)
+
+
 def verdicts(results, name: str) -> dict[str, str]:
-    rows = ledger(results, "06_checkpoint_ablation").loc[[name]]
-    return dict(zip(rows.comparison.str.split(":").str[0], rows.verdict, strict=True))
+    return {finding.comparison.split(":")[0]: finding.verdict for finding in found(results, name)}
 
 
 @pytest.mark.parametrize(("level", "verdict"), [(0.55, "holds"), (0.65, "contradicted")])
 def test_flatness_is_maintained_within_a_fifth_of_what_sam_takes_off(tmp_path, level, verdict):
-    found = verdicts(written(tmp_path, sharp=SHARP | {"checkpoint1": level}), "checkpoint1_keeps_flatness")
-    assert found.pop("checkpoint 1 − SAM, test accuracy") == "holds"
-    assert set(found.values()) == {verdict} and len(found) == 4
+    judged = verdicts(written(tmp_path, sharp=SHARP | {"checkpoint1": level}), "checkpoint1_keeps_flatness")
+    assert judged.pop("checkpoint 1 − SAM, test accuracy") == "holds"
+    assert set(judged.values()) == {verdict} and len(judged) == 4
 
 
 def test_where_sam_is_no_flatter_nothing_is_maintained(tmp_path):
     results = written(tmp_path, sharp=SHARP | {"sam": 1.0})
-    found = verdicts(results, "checkpoint1_keeps_flatness")
-    assert [v for k, v in found.items() if "margin" in k] == ["undecided"] * 4
-    assert "SAM is not flatter" in ledger(results, "06_checkpoint_ablation").note.str.cat()
+    judged = verdicts(results, "checkpoint1_keeps_flatness")
+    assert [v for k, v in judged.items() if "margin" in k] == ["undecided"] * 4
+    assert {f.note for f in found(results, "checkpoint1_keeps_flatness")} == {"", "SAM is not flatter than SGD here"}
 
 
 def test_experiment_1_is_judged_by_its_rules(results):
     assert set(verdicts(results, "others_end_sharper").values()) == {"holds"}
-    found = verdicts(results, "learning_rate_not_direction")
-    assert found == dict.fromkeys(
+    judged = verdicts(results, "learning_rate_not_direction")
+    assert judged == dict.fromkeys(
         ["SAM's sizes, SGD's signs − SAM, test accuracy", "SGD's sizes, SAM's signs − SGD, test accuracy"], "holds"
     )
     assert verdicts(results, "which_parameters_not_how_many") == {
@@ -140,15 +143,9 @@ def test_the_documents_numbers_are_those_of_its_table():
         ("checkpoint1_keeps_flatness", cells.loc[["checkpoint1"]] - cells.loc["sam"]),
         ("subsets_with_checkpoint1_beat_sam", subsets),
     ):
-        claim = next(c for c in claims_of_06() if c.name == name)
+        claim = next(c for c in claims("06_checkpoint_ablation") if c.name == name)
         low, high = (f"{100 * np.round(x, 4):+.1f}".replace("-", "−") for x in (np.nanmin(gain), np.nanmax(gain)))
         assert f"{low} to {high} points" in claim.documented
-
-
-def claims_of_06():
-    from samlib.analysis.claim import claims
-
-    return claims("06_checkpoint_ablation")
 
 
 def test_ours_stand_beside_the_documents_and_its_column_14_beside_what_it_ran(results):
@@ -218,6 +215,5 @@ def test_a_sharpness_that_no_run_has_is_not_measured(tmp_path):
     for config in study.configs():
         write_run(tmp_path / "runs", config, test_accuracy=0.5)
     results = load(study, tmp_path / "runs")
-    rows = ledger(results, "06_checkpoint_ablation")
-    assert rows.verdict["others_end_sharper"] == "not measured"
+    assert verdicts(results, "others_end_sharper") == {"": "not measured"}
     assert isinstance(ablation.accuracy(results), pd.DataFrame)

@@ -78,7 +78,7 @@ def test_flips_that_follow_the_layers_alone_are_not_beyond_chance(tmp_path):
     row = noise.probe(results).query("checkpoint == 2").iloc[0]
     assert row.sets == pytest.approx(0.74) and row.sets_chance == pytest.approx(row.sets)  # 90 % of it convolutions
     for name in ("sets", "of_g"):
-        assert noise.beyond_chance(results, name, 2, "sam")[0.4].value == pytest.approx(0, abs=1e-12)
+        assert noise.beyond_chance(results, name, 2, "sam")[1.0, 0.4, 0.4].value == pytest.approx(0, abs=1e-12)
     table = noise.by_checkpoint(results, "ablation", ["sam"], ["kind"])
     assert table.loc[("sam", 0.4, "batchnorm", "all"), "flips set the direction"].value == pytest.approx(0.2)
 

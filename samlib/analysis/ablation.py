@@ -27,7 +27,7 @@ SHARPNESS = {  # of the loss on the labels trained on: the measure and the logit
     "ascent": ("ascent", "raw"),
     "ascent, normalized logits": ("ascent", "normalized"),
 }
-CELL, SETTING = ("mix", "rho"), (*REGIME, "augment", "rho")
+CELL, SETTING = ("mix", "rho"), (*REGIME, "rho", "augment")
 
 
 def sharpness(results: Results, name: str, grid: str | list[str] | None = None) -> pd.DataFrame:
@@ -123,6 +123,10 @@ def beside_document(results: Results, grid: str | None = None) -> pd.DataFrame:
 def by_setting(rows: pd.DataFrame, value: str) -> Iterator[tuple[str, Estimate]]:
     """The difference of `paired` rows in each setting that they hold, with the setting in words."""
     found = estimates(rows, "difference", SETTING, "nats" if value in SHARPNESS else None)
-    for (data, noise, augment, rho), estimate in found.items():
-        words = (f"{100 * data:g} % of the data", f"{100 * noise:g} % flipped", "augmented" * augment, f"ρ = {rho:g}")
-        yield ", ".join(filter(None, words)), estimate
+    for (*where, augment), estimate in found.items():
+        yield words(*where) + ", augmented" * augment, estimate
+
+
+def words(data: float, noise: float, rho: float) -> str:
+    """A setting, as findings name it."""
+    return f"{100 * data:g} % of the data, {100 * noise:g} % flipped, ρ = {rho:g}"

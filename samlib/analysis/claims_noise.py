@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from samlib.analysis.ablation import by_setting
+from samlib.analysis.ablation import by_setting, words
 from samlib.analysis.claim import Finding, claim
 from samlib.analysis.claims_ablation import PAIRED, compared
 from samlib.analysis.noise import COLUMNS, at_own_rho, beyond_chance
@@ -32,8 +32,9 @@ def on_flips(results: Results, other: str, value: str, **rule: float) -> Iterato
 def checkpoint2_carries_the_flips(results: Results) -> Iterator[Finding]:
     for mix in ("sam", "sgd"):
         for name in ("sets", "of_g"):
-            for rho, found in beyond_chance(results, name, 2, mix).items():
-                yield Finding(f"{mix_name(mix)}, {COLUMNS[name]}: ρ = {rho:g}", found, decide(found, above=0))
+            for at, found in beyond_chance(results, name, 2, mix).items():
+                comparison = f"{mix_name(mix)}, {COLUMNS[name]}: {words(*at)}"
+                yield Finding(comparison, found, decide(found, above=0))
 
 
 @claim(

@@ -1,5 +1,7 @@
 """Figures of the checkpoint ablation: every update beside SGD, SAM and its controls, and over ρ."""
 
+from contextlib import suppress
+
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -29,9 +31,8 @@ def dots(panels: dict[str, pd.Series], alt: str, caption: str, chance: pd.Series
     for ax, (title, found) in zip(axes[0], panels.items(), strict=True):
         for mix, e in found.items():
             value, half = drawn(e)
-            ax.errorbar(
-                value, mixes.index(mix), xerr=half or None, **look(mix, linestyle="", capsize=2.5, elinewidth=1.1)
-            )
+            style = look(mix, linestyle="", capsize=2.5, elinewidth=1.1)
+            ax.errorbar(value, mixes.index(mix), xerr=half or None, **style)
         values = [drawn(e)[0] for e in found]
         if found.iloc[0].signed:
             ax.axvline(0, color=look("sgd")["color"], linewidth=1)
@@ -45,7 +46,7 @@ def dots(panels: dict[str, pd.Series], alt: str, caption: str, chance: pd.Series
         ax.set_xlim(max(min(values) - room, ax.get_xlim()[0]), min(max(values) + room, ax.get_xlim()[1]))
         figures.panel_title(ax, title)
         ax.set_xlabel(found.iloc[0].unit)
-    labels = [mix_name(mix) + (f" (n={n[mix]})" if n[mix] < max(n.values()) else "") for mix in mixes]
+    labels = [mix_name(mix) + f" (n={n[mix]})" * (n[mix] < max(n.values())) for mix in mixes]
     axes[0, 0].set_yticks(range(len(mixes)), labels)
     axes[0, 0].set_ylim(len(mixes) - 0.5, -0.5)
     return figures.describe(figure, alt, caption)
@@ -92,12 +93,17 @@ def over_rho(results: Results, grids: list[str], values: tuple[str, ...], alt: s
     mixes = in_order(mix for mix, rhos in runs[runs.mix != "sgd"].groupby("mix").rho if rhos.nunique() > 1)
     if not mixes:
         raise NotMeasured("no update was trained at several ρ")
-    figure, axes = figures.figure(1, len(values), height=3.4)
-    for ax, value in zip(axes[0], values, strict=True):
-        found = ablation.levels(results, value, grids)
+    levels = {}
+    for value in values:
+        with suppress(NotMeasured):
+            levels[value] = ablation.levels(results, value, grids)
+    figure, axes = figures.figure(1, len(levels), height=3.4)
+    for ax, (value, found) in zip(axes[0], levels.items(), strict=True):
         chance = ablation.levels(results, "memorized_chance", grids) if value == "memorized" else None
         for place, mix in enumerate(mixes):
-            line = found.xs(mix, level="mix")
+            line = found[found.index.get_level_values("mix") == mix].droplevel("mix")
+            if line.empty:
+                continue
             means, halves = zip(*map(drawn, line), strict=True)
             x = line.index.to_numpy() * 1.02 ** (place - len(mixes) / 2)  # intervals beside each other
             ax.errorbar(x, means, yerr=halves, **look(mix, capsize=2.5, elinewidth=0.8))

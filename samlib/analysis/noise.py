@@ -26,9 +26,9 @@ def probe(results: Results, grid: str | None = None, by: Sequence[str] = ()) -> 
     """A row a probe, checkpoint (0: all active parameters) and `by` (kind): the RATIOS, each with its `_chance`, that
     of as many random active parameters of the same kinds of layer, `share` of the active parameters, and `images`,
     the share of the probed images that are flipped. Raises NotMeasured."""
-    rows = results.table("noise", grid, fields=("mix", "rho", "seed"))
+    rows = results.table("noise", grid, fields=("mix", *REGIME, "rho", "seed"))
     rows, sums = rows[rows.checkpoint > 0], list(NOISE_SUMS)
-    one = ["run", "mix", "rho", "seed", "epoch"]
+    one = ["run", "mix", *REGIME, "rho", "seed", "epoch"]
     kind = rows.groupby([*one, "kind"])[sums].transform("sum")
     chance = kind.mul(rows.parameters / kind.parameters.where(kind.parameters > 0), axis=0).add_suffix("_chance")
     rows = pd.concat([rows, chance], axis=1)
@@ -44,23 +44,26 @@ def probe(results: Results, grid: str | None = None, by: Sequence[str] = ()) -> 
 def by_checkpoint(
     results: Results, grid: str | None = None, mixes: Sequence[str] = ("sam", "sgd"), by: Sequence[str] = ()
 ) -> pd.DataFrame:
-    """COLUMNS of `probe`, the mean over a run's probes and then over seeds: a row a mix, ρ, `by` and checkpoint."""
+    """COLUMNS of `probe`, without shares of |g| where `by` makes the parts small: the mean over a run's probes and then
+    over seeds, a row a mix, ρ, `by` and checkpoint."""
     rows = probe(results, grid, by)
     rows = rows[rows.mix.isin(mixes)]
     if rows.empty:
         raise NotMeasured(f"no finished run of {' or '.join(mixes)} has the table 'noise'")
     cell = ["mix", "rho", *by, "checkpoint"]
-    runs = rows.groupby([*cell, "run"])[list(COLUMNS)].mean().groupby(cell)
-    units = {name: "" if name.endswith("grows") else "%" for name in COLUMNS}
-    table = {title: runs[name].agg(mean_interval, unit=units[name]) for name, title in COLUMNS.items()}
+    names = [name for name in COLUMNS if not (by and name.startswith("of_g"))]
+    runs = rows.groupby([*cell, "run"])[names].mean().groupby(cell)
+    units = {name: "" if name.endswith("grows") else "%" for name in names}
+    table = {COLUMNS[name]: runs[name].agg(mean_interval, unit=units[name]) for name in names}
     return pd.DataFrame(table).rename(index=lambda code: "all" if code == 0 else code, level="checkpoint")
 
 
 def beyond_chance(results: Results, name: str, checkpoint: int, mix: str) -> pd.Series:
-    """One of RATIOS minus its chance level, the mean over each run's probes: an Estimate by ρ."""
+    """One of RATIOS minus its chance level, the mean over each run's probes: an Estimate by data, flips and ρ."""
     rows = probe(results).query("checkpoint == @checkpoint and mix == @mix")
-    runs = (rows[name] - rows[f"{name}_chance"]).groupby([rows.rho, rows.run]).mean()
-    return runs.groupby(level="rho").agg(mean_interval, unit="points", signed=True)
+    where = [*REGIME, "rho"]
+    runs = rows.assign(more=rows[name] - rows[f"{name}_chance"]).groupby([*where, "run"]).more.mean()
+    return runs.groupby(where).agg(mean_interval, unit="points", signed=True)
 
 
 def at_own_rho(results: Results, a: str, b: str, value: str) -> pd.DataFrame:
