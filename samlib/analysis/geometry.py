@@ -1,265 +1,251 @@
-"""What the second document claims of the geometry, as tables: from the rows that runs keep, chance levels beside them.
+"""The second document's quantities as tables, chance levels beside them, from the rows that runs keep.
 
-Shares are fractions. Sources of the claims: the document "Geometry SAM"; its tables are in notebooks/reference/.
+A function that takes Results returns rows, one a measurement, of the runs that did not diverge; `by_setting` makes them
+Estimates over seeds, and `table` shows them. Shares are fractions: those of checkpoints are of the active parameters,
+since no other can be in one, those of inactive ones are of all.
 """
 
-from pathlib import Path
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import pandas as pd
-import torch
 
-from samlib.config import UserError
-from samlib.probes import BINS, CHECKPOINTS
-from samlib.runs import load_runs, load_table
-from samlib.sam import checkpoint_codes
-from samlib.analysis.old_stats import correlation, expected_intersection, within_correlation
-from samlib.study import Study, relative
+from samlib import PROJECT
+from samlib.analysis.results import REGIME, SEEDS, NotMeasured, Results, chosen_rho, mix_name, mix_order, trainings
+from samlib.analysis.stats import correlation_over_seeds, lift, mean_interval
+from samlib.probes import BINS, CHECKPOINTS, RATIO_EDGES
 
-# The field of a configuration that makes a table.
-MADE_BY = dict.fromkeys(("probes", "layers"), "probe_every") | dict.fromkeys(
-    ("overlaps", "intersections"), "persistence_steps"
-)
-MADE_BY |= dict.fromkeys(("hessian", "diagonal", "prediction", "convergence"), "curvature_every")
-MADE_BY |= {"thresholds": "threshold_every", "scan": "scan_every", "sharpness": "sharpness_every"}
+SETTING = ("mix", "rho", *REGIME)  # SGD's rho is the radius that it is probed at
+DOCUMENT = {  # its shares at the start and at the end of training
+    "checkpoint1": (0.60, 0.60), "checkpoint2": (0.40, 0.20), "checkpoint3": (0.03, 0.10), "checkpoint4": (0.03, 0.06),
+}  # fmt: skip
+RATIOS = dict(zip(BINS, (f"ratio from {edge:g}" for edge in (1, *RATIO_EDGES)), strict=True))  # |g'| / |g|
+LAGS = np.array([1, 2, 5, 10, 20, 50, *(k * 10**e for e in range(2, 6) for k in (1, 2, 5))])  # steps
+REFERENCE = PROJECT / "notebooks/reference/flatness_thresholds.csv"
 
 
-def load(
-    path: str | Path, root: str | Path, grid: str, tables: tuple[str, ...], run: int | None = None
-) -> tuple[Study, pd.DataFrame, dict[str, pd.DataFrame]]:
-    """The study, the finished runs of its grid (or only its `run`-th, from 0), and their tables by name.
+def grids(results: Results, notebook: str) -> list[str]:
+    """The loaded grids that the study reads in this notebook; all loaded ones where it names none of them."""
+    read = [(a.grid, *a.parameters.values()) for a in results.study.notebooks if a.notebook[:2] == notebook]
+    return [grid for grid in results.grids if grid in sum(read, ())] or list(results.grids)
 
-    Raises UserError that says what is missing, and which study makes it: the runs, or a table of one of them.
+
+def rows(results: Results, name: str, notebook: str = "02") -> pd.DataFrame:
+    """A table's rows with the fields of SETTING, `seed`, `setting`, SETTING in words, and `radius`, the table's own ρ.
+
+    Raises NotMeasured where no run has it, or where runs of one setting and seed differ in something else.
     """
-    study = Study.load(path)
-    shown, configs = relative(study.path), study.configs(grid)
-    if run is not None:
-        if not 0 <= run < len(configs):
-            raise UserError(f"run: found {run}; the grid {grid!r} of {shown} has the runs 0 to {len(configs) - 1}")
-        configs = configs[run : run + 1]
-    runs = load_runs(root, [config.run_id for config in configs])
-    if runs.empty:
-        wanted = f"the run {configs[0].run_id}" if len(configs) == 1 else f"any of the {len(configs)} runs"
-        raise UserError(f"{root} lacks {wanted} of the grid {grid!r}; `python -m samlib run {shown}` makes it")
-    found = {name: load_table(name, root, runs.index) for name in tables}
-    for name, table in found.items():
-        if lacking := sorted(set(runs.index[runs.status == "done"]) - set(table.run)) or table.empty:
-            field = MADE_BY[name]
-            makers = [g for g in study.grids if any(getattr(c, field) for c in study.grids[g])]
-            maker = f"the grid {makers[0]!r} of {shown}" if makers else "the grid 'geometry' of studies/quick.yaml"
-            who = lacking[0] if isinstance(lacking, list) else runs.index[0]
-            raise UserError(f"{who} has no table {name!r}: its {field} is not set, or it diverged; {maker} makes one")
-    return study, runs, found
-
-
-def source(study: Study, runs: pd.DataFrame) -> str:
-    """The caption of a figure on these runs: the dataset honestly, how much of it, the model, how many runs."""
-    first, rhos = runs.iloc[0], ", ".join(f"{rho:g}" for rho in sorted(runs.rho.unique()))
-    noise = f" with {100 * first.noise_fraction:g} % of the labels flipped" if first.noise_fraction else ""
-    many = "one run" if len(runs) == 1 else f"n = {len(runs)} runs"
-    return (
-        f"{study.dataset}, {100 * first.data_fraction:g} % of the training images{noise}; {first.model} of width "
-        f"{first.width}; {first.mix}, ρ = {rhos}, batch {first.batch_size}; {many}"
-    )
-
-
-def of_active(probes: pd.DataFrame) -> pd.DataFrame:
-    """The probes with checkpoints and ratio bins as shares of the active parameters instead of all."""
-    columns = [*CHECKPOINTS[1:], *BINS]
-    return probes.assign(**probes[columns].div(1 - probes.inactive, axis=0))
-
-
-def by_kind(layers: pd.DataFrame) -> pd.DataFrame:
-    """Shares by kind of layer: the checkpoints of the kind's active parameters, inactive of all of them."""
-    counts = layers.groupby(["epoch", "kind"], as_index=False)[["parameters", *CHECKPOINTS]].sum()
-    return layer_shares(counts)
-
-
-def layer_shares(counts: pd.DataFrame) -> pd.DataFrame:
-    """Counts as shares: the checkpoints of the active parameters (NaN where there are none), inactive of all."""
-    active = counts.parameters - counts.inactive
-    shares = counts[list(CHECKPOINTS[1:])].div(active.where(active > 0), axis=0)
-    return counts.assign(active=active, inactive=counts.inactive / counts.parameters, **shares)
-
-
-def reference_steps(table: pd.DataFrame, wanted: int | None, owner: str) -> list[int]:
-    """The reference steps to show: all, or the one wanted. Raises UserError where that was never probed."""
-    steps = sorted(int(step) for step in table.reference_step.unique())
-    if wanted is not None and wanted not in steps:
-        raise UserError(
-            f"reference_step: step {wanted} was no reference of {owner}, its references are {steps}; "
-            f"a study whose persistence_steps hold {wanted} makes it"
-        )
-    return steps if wanted is None else [wanted]
-
-
-def persistence(overlaps: pd.DataFrame) -> pd.DataFrame:
-    """Experiment 2: the overlap as a share of the reference set and of all parameters; its chance level; the lift.
-
-    Chance: two independent random sets of these sizes among the active parameters, since the others cannot be members.
-    """
-    expected = overlaps.reference_size * overlaps["size"] / overlaps.active
-    return overlaps.assign(
-        share=overlaps.overlap / overlaps.reference_size,
-        share_of_all=overlaps.overlap / overlaps.parameters,
-        expected_share=expected / overlaps.reference_size,
-        lift=overlaps.overlap / expected,
-    )
-
-
-def lift_of_layers(layers: pd.DataFrame, references: list[int]) -> pd.DataFrame:
-    """The lift that two sets have when they are independent within every layer but layers differ in their shares.
-
-    From the layers' counts at the last probed epoch start up to each reference, against every later one.
-    """
-    frame, rows = layer_shares(layers), []
-    members = frame.pivot_table(index="step", columns="layer", values="checkpoint1", aggfunc="first")
-    active = frame.pivot_table(index="step", columns="layer", values="active", aggfunc="first")
-    for reference in references:
-        start = members.index[members.index <= reference].max()
-        for step in members.index[members.index > reference]:
-            both = (members.loc[start] * members.loc[step] * active.loc[step]).sum()
-            sizes = [(members.loc[s] * active.loc[step]).sum() for s in (start, step)]
-            lift = both * active.loc[step].sum() / (sizes[0] * sizes[1])
-            rows.append({"reference_step": reference, "step": step, "lift": lift})
-    return pd.DataFrame(rows, columns=["reference_step", "step", "lift"])
-
-
-def running_intersection(intersections: pd.DataFrame) -> pd.DataFrame:
-    """Experiment 3: the running intersection as a share of its first set, and the same for independent random sets.
-
-    Independent sets of shares p_1..p_k of the active parameters share p_1 p_2 ... p_k of them: p^k for one share p.
-    """
-    parts = []
-    for _, rows in intersections.sort_values("steps").groupby("reference_step"):
-        active = rows.active.mean()
-        expected = [expected_intersection(rows["size"].iloc[: k + 1], active) for k in range(len(rows))]
-        first = rows["size"].iloc[0]
-        parts.append(rows.assign(share=rows.intersection / first, expected_share=np.array(expected) / first))
-    return pd.concat(parts, ignore_index=True)
-
-
-def at_rest(convergence: pd.DataFrame) -> pd.DataFrame:
-    """By epoch, over the active parameters: the share that moves, and the share whose gradient differs from zero.
-
-    `not_at_zero` corrects the share of significant gradients for the 5 % that chance gives: (s - 0.05) / 0.95, a lower
-    bound, since a test of eight pieces misses small gradients.
-    """
-    rows = []
-    for epoch, part in convergence[convergence.checkpoint > 0].groupby("epoch"):
-        n = part.parameters.sum()
-        moving, significant = ((part[c] * part.parameters).sum() / n for c in ("moving", "significant"))
-        corrected = max(0.0, (significant - 0.05) / 0.95)
-        row = {"epoch": epoch, "lr": part.lr.iloc[0], "active": n, "moving": moving, "significant": significant}
-        rows.append(row | {"not_at_zero": corrected})
-    return pd.DataFrame(rows)
-
-
-def thresholds_with_chance(thresholds: pd.DataFrame) -> pd.DataFrame:
-    """Project 1: the share of checkpoint 1 above its threshold; chance k / active, and k / N as the document counts."""
-    share, chance = thresholds.above / thresholds.checkpoint1, thresholds.checkpoint1 / thresholds.active
-    return thresholds.assign(
-        share=share, chance=chance, chance_of_all=thresholds.checkpoint1 / thresholds.parameters, lift=share / chance
-    )
-
-
-def checkpoint1_by_run(runs: pd.DataFrame, probes: pd.DataFrame) -> pd.DataFrame:
-    """A row a run that did not diverge: rho, seed, test accuracy, checkpoint 1's share (last probe; last quarter)."""
-    rows = []
-    for run, part in probes.sort_values("step").groupby("run"):
-        late = part.checkpoint1[part.step >= 0.75 * part.step.max()]
-        rows.append({"run": run, "last": part.checkpoint1.iloc[-1], "last_quarter": late.mean(), "probes": len(late)})
-    kept = runs.loc[runs.status == "done", ["rho", "seed", "test_accuracy"]]
-    table = kept.join(pd.DataFrame(rows).set_index("run"), how="inner")
-    if table.empty:
-        raise UserError(f"all of the {len(runs)} runs diverged: there is no test accuracy to compare; lower rho or lr")
-    return table
-
-
-def correlations(table: pd.DataFrame, share: str) -> pd.DataFrame:
-    """Project 3: checkpoint 1's share (a column of checkpoint1_by_run) against test accuracy, with 95 % intervals.
-
-    Over all runs; over the means of each rho (n: how many rhos); and within rho, the rhos' means taken away.
-    """
-    means = table.groupby("rho")[[share, "test_accuracy"]].mean()
-    found = {
-        ("all runs", "Pearson"): correlation(table[share], table.test_accuracy),
-        ("all runs", "Spearman"): correlation(table[share], table.test_accuracy, "spearman"),
-        ("across ρ", "Pearson"): correlation(means[share], means.test_accuracy),
-        ("across ρ", "Spearman"): correlation(means[share], means.test_accuracy, "spearman"),
-        ("within ρ", "Pearson"): within_correlation(table[share], table.test_accuracy, table.rho),
+    grid = grids(results, notebook)
+    frame, runs = results.table(name, grid, (*SETTING, "seed", "steps_per_epoch", "probe_every")), results.runs(grid)
+    if "rho_run" in frame:
+        frame = frame.rename(columns={"rho": "radius", "rho_run": "rho"})
+    runs = trainings(runs[(runs.status == "done") & runs.index.isin(frame.run)])
+    if runs.empty or runs.duplicated([*SETTING, *SEEDS]).any():
+        raise NotMeasured(f"{name}: its runs diverged, or differ in more than mix, ρ, regime and seed: read one grid")
+    frame = frame[frame.run.isin(runs.index)].reset_index(drop=True)
+    fields = list(zip(*(frame[field] for field in SETTING), strict=True))
+    units = [(k, unit) for k, unit in ((2, "of the data"), (3, "flipped")) if len({f[k] for f in fields}) > 1]
+    names = {
+        f: ", ".join([mix_name(f[0]), f"ρ = {f[1]:g}", *(f"{100 * f[k]:g} % {unit}" for k, unit in units)])
+        for f in sorted(set(fields), key=lambda f: (mix_order(f[0]), *f[1:]))
     }
-    rows = [
-        {"runs": a, "method": b, "r": e.value, "low": e.low, "high": e.high, "n": e.n} for (a, b), e in found.items()
-    ]
-    return pd.DataFrame(rows)
+    return frame.assign(setting=pd.Categorical([names[f] for f in fields], list(names.values())))
 
 
-def leaving(scan: pd.DataFrame) -> pd.DataFrame:
-    """From the scan, by epoch and kind of layer ("all" too): checkpoint 1's share of the active parameters, and the
-    survival of those in it at the smallest rho.
+def by_setting(
+    frame: pd.DataFrame, value: str | Callable, also: Iterable[str] = (), unit: str = "%", signed: bool = False
+) -> pd.Series:
+    """The mean over a setting's runs, an Estimate by setting and `also`. value: a column, or a number from one run's
+    rows."""
+    keys, found = ["setting", *also], {}
+    for (*key, _), part in frame.groupby([*keys, "run"], observed=True):
+        number = value(part) if callable(value) else part[value].mean()
+        found.setdefault(tuple(key) if len(key) > 1 else key[0], []).append(number)
+    estimates = pd.Series({key: mean_interval(n, unit=unit, signed=signed) for key, n in found.items()}, dtype=object)
+    return estimates.rename_axis(keys)
 
-    `left` is the share that leaves between the rho before and this one; `newcomers` the share of this rho's members
-    that were outside at some smaller rho: none, if each parameter had its own threshold.
-    """
+
+def ends(part: pd.DataFrame, column: str) -> tuple[float, float]:
+    """A run's means over the first and the last tenth of its steps."""
+    done = (part.step - part.step.min()) / max(1, np.ptp(part.step))
+    return part[column][done <= 0.1].mean(), part[column][done >= 0.9].mean()
+
+
+def shares(results: Results) -> pd.DataFrame:
+    """Each `probe_every`-th step's probe at the run's own radius: checkpoints, the bins as shares of checkpoint 1,
+    `length` = ‖g'‖ / ‖g‖, and `at`, in epochs."""
+    frame = rows(results, "probes")
+    frame = frame[(frame.radius == frame.rho) & (frame.step % frame.probe_every.clip(1) == 0)]
+    frame = frame.assign(**frame[list(BINS)].div(frame.checkpoint1, axis=0), of_all=frame.checkpoint1)
+    frame = frame.assign(**frame[list(CHECKPOINTS[1:])].div(1 - frame.inactive, axis=0))
+    return frame.assign(at=frame.step / frame.steps_per_epoch, length=frame.grad_norm_sam / frame.grad_norm)
+
+
+def tenths(results: Results) -> pd.DataFrame:
+    """`shares` of the first and the last tenth of the steps alone, `part` in words."""
+    frame = shares(results)
+    done = frame.step / frame.groupby("run").step.transform("max")
+    frame["part"] = np.select([done <= 0.1, done >= 0.9], ["first tenth", "last tenth"], "")
+    return frame[frame.part != ""]
+
+
+def kinds(results: Results) -> pd.DataFrame:
+    """Checkpoints by kind of layer, run and epoch."""
+    keys = ["setting", "mix", "run", "kind", "epoch"]
+    sums = rows(results, "layers").groupby(keys, observed=True)[["parameters", *CHECKPOINTS]].sum()
+    active = sums.parameters - sums.inactive
+    shown = sums[list(CHECKPOINTS[1:])].div(active.where(active > 0), axis=0)
+    return shown.assign(inactive=sums.inactive / sums.parameters).reset_index()
+
+
+def lifts(results: Results) -> pd.DataFrame:
+    """Experiment 2: of a step's checkpoint 1 the share that is in a later one's, and its lift over chance within
+    layers; `about`: the nearest of LAGS."""
+    frame = rows(results, "overlaps")
+    about = LAGS[np.abs(np.log(frame.lag.to_numpy()[:, None] / LAGS)).argmin(1)]
+    frame = frame.assign(about=about, lift=lift(frame.overlap, frame.chance))
+    return frame.assign(share=frame.overlap / frame.reference_size, by_chance=frame.chance / frame.reference_size)
+
+
+def running(results: Results) -> pd.DataFrame:
+    """Experiment 3: of a step's checkpoint 1 the share that has been in it at every step since, and by chance."""
+    frame = rows(results, "intersections").sort_values("steps")
+    first = frame.groupby(["run", "reference_step", "batch"]).intersection.transform("first")
+    return frame.assign(share=frame.intersection / first, by_chance=frame.chance / first, later=frame.steps - 1)
+
+
+def resting(results: Results) -> pd.DataFrame:
+    """A row a run and measured epoch, over the active parameters: the share whose mean gradient differs from zero, and
+    `beyond` the c = 5 % of chance, (s - c) / (1 - c); the share that moves; medians, mean over checkpoints."""
+    frame = rows(results, "convergence").query("checkpoint > 0 and parameters > 0")
+    keys, names = ["setting", "mix", "run", "epoch"], ["significant", "chance", "moving", "gradient", "detectable"]
+    weighted = frame[names].mul(frame.parameters, axis=0).join(frame[[*keys, "parameters"]])
+    sums = weighted.groupby(keys, observed=True).sum()
+    found = sums[names].div(sums.parameters, axis=0)
+    return found.assign(beyond=(found.significant - found.chance) / (1 - found.chance)).reset_index()
+
+
+def last(frame: pd.DataFrame) -> pd.DataFrame:
+    """Each run's rows at its last measured epoch."""
+    return frame[frame.epoch == frame.groupby("run").epoch.transform("max")]
+
+
+def thresholds(results: Results) -> pd.DataFrame:
+    """Project 1: of checkpoint 1 the share above its threshold, and by chance within layers; `done`, of training; the
+    document's row that is nearest to it."""
+    frame, theirs = rows(results, "thresholds", "03"), pd.read_csv(REFERENCE)
+    frame = frame.assign(done=frame.epoch / frame.groupby("run").epoch.transform("max"))
+    near = theirs.iloc[[(theirs.epoch / theirs.epoch.max() - done).abs().argmin() for done in frame.done]]
+    frame["their_share"] = near.percent_of_checkpoint1_above.to_numpy() / 100
+    frame["their_threshold"] = near.threshold.to_numpy()
+    frame["document"] = [f"{row.percent_of_checkpoint1_above} %, {row.threshold:.1e}" for row in near.itertuples()]
+    frame = frame.assign(share=frame.above / frame.checkpoint1, by_chance=frame.chance / frame.checkpoint1)
+    return frame.assign(lift=lift(frame.above, frame.chance))
+
+
+def diagonals(results: Results) -> pd.DataFrame:
+    """The Hessian's exact diagonal by checkpoint at the last epoch; `sharper`: checkpoint 1's mean entry over that of
+    the other active parameters; `spearman` with |g|."""
+    frame = last(rows(results, "diagonal", "03")).query("checkpoint > 0 and parameters > 0")
+    total = frame["mean"] * frame.parameters
+    sums = pd.DataFrame({"total": total, "n": frame.parameters}).groupby([frame.run, frame.checkpoint == 1]).sum()
+    mean = (sums.total / sums.n).unstack()
+    return frame.assign(sharper=frame.run.map(mean[True] / mean[False]))
+
+
+def predictions(results: Results) -> pd.DataFrame:
+    """The share of codes that g + ρ H g / ‖g‖ gets right at the last epoch, by radius and activation, beside calling
+    all by the commonest; `gain`: of those that this misses; `own`: the radius nearest to the run's ρ."""
+    frame = last(rows(results, "prediction", "03"))
+    away = np.log(frame.radius / frame.rho).abs()
+    frame = frame.assign(own=away == away.groupby(frame.run).transform("min"))
+    return frame.assign(gain=(frame.right - frame.constant) / (1 - frame.constant))
+
+
+def sweep(results: Results) -> pd.DataFrame:
+    """A row a run of the mixes with several ρ: checkpoint 1 over the last quarter of training, at its `own` radius and
+    at the `common` one that all are probed at (NaN: none); accuracies; whether its ρ is the `chosen` one."""
+    frame = rows(results, "probes", "04").query("mix != 'sgd'")
+    frame = frame[frame.groupby("mix").rho.transform("nunique") > 1]
+    if frame.empty:
+        raise NotMeasured("no rule was trained with several ρ and probed")
+    frame = frame[frame.step >= 0.75 * frame.groupby("run").step.transform("max")]
+    share = (frame.checkpoint1 / (1 - frame.inactive)).groupby([frame.run, frame.radius]).mean().unstack()
+    found = frame.groupby("run")[[*SETTING, "seed", "setting"]].first()
+    common = share.dropna(axis=1).reindex(columns=[*share.dropna(axis=1).columns, np.nan]).iloc[:, 0]
+    found = found.assign(own=[share.loc[run, rho] for run, rho in found.rho.items()], common=common, radius=common.name)
+    found = found.join(results.runs()[["status", "test_accuracy", "validation_accuracy"]]).reset_index()
+    best = {key: chosen_rho(part, key[0])[""] for key, part in found.groupby(["mix", *REGIME])}
+    keys = zip(found.mix, found.data_fraction, found.noise_fraction, strict=True)
+    return found.assign(chosen=np.where(found.rho == [best[key] for key in keys], "chosen", ""))
+
+
+def correlations(results: Results) -> pd.DataFrame:
+    """Checkpoint 1's share against test accuracy over the ρ of each seed: Estimates over seeds, the second's interval
+    wide enough for any one ρ left out."""
+    found, words = {}, {"own": "at the run's own ρ", "common": "at one common radius"}
+    for (mix, *regime), part in sweep(results).groupby(["mix", *REGIME], sort=False):
+        for share, method in ((s, m) for s in words for m in ("pearson", "spearman")):
+            key = (mix_name(mix), *(f"{100 * x:g} %" for x in regime), words[share], method.title())
+            whole = correlation_over_seeds(part, share, "test_accuracy", over=None, method=method)
+            left = correlation_over_seeds(part, share, "test_accuracy", method=method)
+            left = left if part.rho.nunique() > 3 else "too few ρ"
+            found[key] = {"over all ρ": whole, "with any one ρ left out": left}
+    return pd.DataFrame(found).T.rename_axis(["rule", *REGIME, "checkpoint 1", "correlation"])
+
+
+def leaving(results: Results) -> pd.DataFrame:
+    """Fixed weights after the last epoch, by radius: the share in checkpoint 1; `survival`, of those in it at the least
+    radius the share that is in it at every one so far; `newcomers`, of those in it the share that was not at a smaller
+    one, which is none where each parameter has a threshold of its own."""
+    keys = ["setting", "mix", "run", "rho", "radius"]
     columns = ["parameters", "inactive", "checkpoint1", "still"]
-    counts = pd.concat([scan, scan.assign(kind="all")]).groupby(["epoch", "kind", "rho"], as_index=False)[columns].sum()
-    first = counts.groupby(["epoch", "kind"]).still.transform("first")
-    survival = counts.still / first
-    before = survival.groupby([counts.epoch, counts.kind]).shift()
-    return counts.assign(
-        share=counts.checkpoint1 / (counts.parameters - counts.inactive),
-        survival=survival,
-        left=(before - survival).fillna(0.0),
-        newcomers=1 - counts.still / counts.checkpoint1.where(counts.checkpoint1 > 0),
-    )
+    sums = last(rows(results, "scan", "04")).groupby(keys, observed=True)[columns].sum().reset_index()
+    first = sums.groupby("run").still.transform("first")
+    share = sums.checkpoint1 / (sums.parameters - sums.inactive)
+    return sums.assign(share=share, survival=sums.still / first, newcomers=1 - sums.still / sums.checkpoint1)
 
 
-def leaving_quantiles(table: pd.DataFrame, levels: tuple[float, ...] = (0.1, 0.5, 0.9)) -> pd.DataFrame:
-    """The rho of the grid by which these shares have left checkpoint 1, by epoch and kind; NaN beyond the grid."""
-    rows = []
-    for (epoch, kind), part in table.groupby(["epoch", "kind"]):
-        gone = {q: part.rho[part.survival <= 1 - q + 1e-9].min() for q in levels}
-        rows.append({"epoch": epoch, "kind": kind, "members": int(part.still.iloc[0]), **gone})
-    return pd.DataFrame(rows)
+# What `table` shows: of which rows, split by what, which columns, in which unit (None: words, as they are).
+TABLES = {
+    "shares": (tenths, ("part",), dict.fromkeys((*DOCUMENT, "inactive"), "%")),
+    "ratios": (tenths, ("part",), dict.fromkeys(BINS, "%")),
+    "lengths": (tenths, ("part",), {"grad_norm": "", "length": "", "cosine": ""}),
+    "kinds": (lambda r: kinds(r).query("epoch >= 0.75 * epoch.max()"), ("kind",), dict.fromkeys(CHECKPOINTS, "%")),
+    "lifts": (lifts, ("batch", "about"), {"lift": "", "share": "%"}),
+    "running": (running, ("batch", "later"), {"share": "%", "by_chance": "%"}),
+    "resting": (lambda r: last(resting(r)), (), dict.fromkeys(("significant", "beyond", "moving"), "%")
+                | {"gradient": "", "detectable": ""}),
+    "thresholds": (thresholds, ("epoch",), {"share": "%", "by_chance": "%", "threshold": "", "document": None}),
+    "diagonals": (diagonals, ("checkpoint",), {"mean": ""}),
+    "sharper": (diagonals, (), {"sharper": "", "spearman": ""}),
+    "predictions": (lambda r: predictions(r).query("own"), ("activation",), dict.fromkeys(("right", "constant"), "%")),
+    "sweep": (sweep, (), dict.fromkeys(("own", "common", "validation_accuracy", "test_accuracy"), "%")
+              | {"chosen": None}),
+    "correlations": (correlations, (), {}),
+    "leaving": (lambda r: leaving(r)[lambda f: f.radius.rank(method="dense") % 3 == 1], ("radius",),
+                dict.fromkeys(("share", "survival", "newcomers"), "%")),
+}  # fmt: skip
+WORDS = {c: c.replace("checkpoint", "checkpoint ") for c in CHECKPOINTS} | RATIOS | {
+    "grad_norm": "‖g‖", "length": "‖g'‖ / ‖g‖", "cosine": "cosine of g and g'", "about": "steps later, about",
+    "later": "steps later", "by_chance": "by chance", "significant": "gradient differs from zero",
+    "beyond": "the same beyond chance", "moving": "would move by 1 % in an epoch", "gradient": "median |gradient|",
+    "detectable": "least gradient that differs", "document": "the document's",
+    "mean": "mean diagonal entry",
+    "sharper": "checkpoint 1 over the others", "spearman": "Spearman with |g|", "right": "predicted right",
+    "constant": "the commonest code", "own": "checkpoint 1, own ρ", "common": "checkpoint 1, common radius",
+    "test_accuracy": "test accuracy", "validation_accuracy": "held-out training images", "chosen": "ρ",
+}  # fmt: skip
 
 
-def one_dimensional(w: np.ndarray, rho: float) -> pd.DataFrame:
-    """The checkpoints on L(w) = w^2 / 10 - cos(2 w), with several minima: loss, g, g' at w + rho sign(g), code."""
-
-    def slope(x: np.ndarray) -> np.ndarray:
-        return 0.2 * x + 2 * np.sin(2 * x)
-
-    g = slope(w)
-    g_sam = slope(w + rho * np.sign(g))
-    code = checkpoint_codes(torch.from_numpy(g), torch.from_numpy(g_sam)).numpy()
-    return pd.DataFrame({"w": w, "loss": 0.1 * w**2 - np.cos(2 * w), "g": g, "g_sam": g_sam, "code": code})
-
-
-def rank_correlation_of_active(r: float, inactive: float) -> float:
-    """Spearman's r among the active parameters, from r over all of them, where the inactive are zero in both.
-
-    A share d of common zeros is one block of ties below all others: it gives 1 - (1 - d)^3 / (1 - d^3) by itself.
-    """
-    rest = (1 - inactive) ** 3 / (1 - inactive**3) if inactive < 1 else 0.0
-    return 1 - (1 - r) / rest if rest else float("nan")
-
-
-def beside_document(thresholds: pd.DataFrame, reference: pd.DataFrame) -> pd.DataFrame:
-    """A table of thresholds_with_chance, and beside each epoch the document's row at the same share of training."""
-    theirs = reference.epoch / reference.epoch.max()
-    nearest = [(theirs - share).abs().idxmin() for share in thresholds.epoch / thresholds.epoch.max()]
-    columns = {"epoch": "their_epoch", "threshold": "their_threshold", "percent_of_checkpoint1_above": "their_percent"}
-    return thresholds.reset_index(drop=True).join(reference.loc[nearest].reset_index(drop=True).rename(columns=columns))
-
-
-def at_rho(table: pd.DataFrame, rho: float) -> pd.DataFrame:
-    """The rows of a table over a grid of rho (`prediction`, say) at the one nearest to this rho, by epoch."""
-    grid = table.rho.unique()
-    return table[table.rho == grid[abs(grid - rho).argmin()]].sort_values("epoch")
-
-
-def reach(prediction: pd.DataFrame, right: float = 0.9) -> pd.Series:
-    """By epoch: the largest rho up to which, from the smallest on, the expansion gets this share of the codes right."""
-    held = prediction.sort_values("rho").groupby("epoch").right.transform(lambda part: (part >= right).cummin())
-    return prediction.rho.where(held.astype(bool)).groupby(prediction.epoch).max()
+def table(results: Results, name: str) -> pd.DataFrame:
+    """One of TABLES: Estimates, a row a setting, part of training and the like. Raises NotMeasured."""
+    function, also, units = TABLES[name]
+    frame = function(results)
+    if not units:
+        return frame
+    words = frame.groupby(["setting", *also], observed=True).first()
+    found = {c: words[c] if unit is None else by_setting(frame, c, also, unit) for c, unit in units.items()}
+    found = pd.DataFrame(found).rename_axis(["setting", *also])
+    found = found.unstack("setting", sort=False) if also and len(units) < 4 else found
+    return found.rename(columns=WORDS).rename_axis([WORDS.get(level, level) for level in found.index.names])
