@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from samlib.sam import Mix
+from samlib.mix import Mix
 
 
 class UserError(ValueError):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from samlib.models import frozen_statistics, layer_kinds, mode, softplus_for_relu, weights_restored
-from samlib.sam import checkpoint_codes
+from samlib.mix import checkpoint_codes
 
 CHECKPOINTS = ("inactive", "checkpoint1", "checkpoint2", "checkpoint3", "checkpoint4")
 RATIO_EDGES = (1.2, 1.5, 2.0, 4.0, 8.0, 16.0)  # of |g'| / |g| within checkpoint 1 (Project 2)
