@@ -1,4 +1,4 @@
-"""What runs on a CPU, two cores: the optimizer, the probe, an epoch, the first document's job, the runner, memory."""
+"""What runs on a CPU, two cores: an update, a step, a probe, an epoch, the first document's job, the runner, memory."""
 
 import copy
 import gc
@@ -12,28 +12,28 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import redirect_stderr
+from dataclasses import replace
 from pathlib import Path
 
-import nbformat
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from benchmarks import images, measure
 from benchmarks.measure import Row, in_turn, ratios, seconds
-from benchmarks.reference_sam import ReferenceMaskedSAM, ReferenceSAM, UsualSAM, reference_probe
-from samlib import PROJECT
+from benchmarks.reference_sam import LoopCheckpoint134, LoopSAM
 from samlib.config import RunConfig, UserError
 from samlib.models import build_model
-from samlib.probes import GradientPair, probe_rows
+from samlib.probes import as_trained, gradient_pair, gradients, probe_rows
 from samlib.runs import Run, load_runs
 from samlib.sam import SAM
 from samlib.step import EagerStep
-from samlib.train import Training, numerics, train
+from samlib.train import Training, keep_memory, numerics, train
 
-SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
+SGD = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 5e-4}
 LAPTOP = {"model": "resnet18", "stem": "cifar", "width": 16, "image_size": 16, "rho": 0.1}  # studies/laptop
-DIGITS = {"dataset": "digits", "model": "resnet10", "stem": "cifar", "width": 8, "batch_size": 64, "rho": 0.1}
+DIGITS = {"dataset": "digits", "model": "resnet6", "stem": "cifar", "width": 16, "batch_size": 64, "rho": 0.4}
+CPU = torch.device("cpu")
 
 
 def measure_all(quick: bool) -> None:
@@ -43,14 +43,13 @@ def measure_all(quick: bool) -> None:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])  # child processes too
     torch.set_num_threads(2)
     begin, facts, rows = time.monotonic(), measure.machine(), []
-    fields, words = images.settings(real=not quick)
-    facts["images"] = words
+    fields, facts["images"] = images.settings(real=not quick)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         for name, measurement in {
-            "step": lambda: sam_step(*((2, 32) if quick else (20, 128))),
-            "arithmetic": lambda: arithmetic(3 if quick else 15),
-            "probe": lambda: probe(2 if quick else 9),
+            "arithmetic": lambda: arithmetic(3 if quick else 15),  # first: memory is kept from what comes next on
+            "step": lambda: steps(*((2, 32) if quick else (20, 128))),
+            "probe": lambda: probe(*((2, 32) if quick else (9, 128))),
             "epoch": lambda: epoch_shares(fields, root, quick),
             "first document": lambda: first_document(fields, root, *((1, 1, 1, 256) if quick else (2, 1, 10, 10_000))),
             "workers": lambda: workers(fields, root, *((1, 1) if quick else (4, 4))),
@@ -79,118 +78,112 @@ def resnet18() -> nn.Module:
     return torchvision.models.resnet18(num_classes=10)
 
 
-# The step
-
-
-def sam_step(repeats: int, batch: int) -> list[Row]:
-    model = resnet18().to(memory_format=torch.channels_last)
-    x = torch.randn(batch, 3, 32, 32).to(memory_format=torch.channels_last)
-    y = torch.randint(0, 10, (batch,))
-    settings = SGD | {"lr": 1e-3}
-    config = RunConfig(mix="sam", batch_size=batch)
-    step = EagerStep(model, SAM(model.parameters(), rho=0.05, **settings), config, torch.device("cpu"))
-
-    def passes() -> None:
-        for _ in range(2):
-            model.zero_grad()
-            cross_entropy(model(x), y).backward()
-
-    times = in_turn({"passes": passes, "step": lambda: step(x, y)}, repeats, warm=2)
-    what = f"SAM step of torchvision's ResNet-18 at 32x32, batch {batch}, over two bare forward and backward passes"
-    return [Row(what, ratios(times, "step", "passes"), "times", 1.04, seconds=times)]
-
-
-# The arithmetic of the optimizer and of the probe, on ResNet-18's 11.2 million parameters
-
-
-def gradients() -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    params = [p.detach() for p in build_model("resnet18", 64, "imagenet", 3, 10, 0).parameters()]
-    torch.manual_seed(0)
-    g = [1e-3 * torch.randn_like(p) for p in params]
-    return params, g, [0.8 * a + 5e-4 * torch.randn_like(a) for a in g]
-
-
-# What each way reads and writes, in copies of the parameters: where both are bound by memory, the most that is to gain.
-# samlib: norm 1, ascent 3, SGD 5. The loop: norm 1, clone 2, g * scale 2, its addition 3; SGD: weight decay 3, momentum
-# 2 + 3, weights 3.
-TRAFFIC = "memory read and written, in copies of the parameters: the loop 19, samlib 9, or 2.1 times"
+# The arithmetic of the optimizer, on ResNet-18's 11.2 million parameters
 
 
 def arithmetic(repeats: int) -> list[Row]:
     from pytorch_optimizer import SAM as OtherSAM
 
-    params, g, g_sam = gradients()
+    params = [p.detach() for p in resnet18().parameters()]
+    g = [1e-3 * torch.randn_like(p) for p in params]
+    g_sam = [0.8 * a + 5e-4 * torch.randn_like(a) for a in g]
 
-    def steps(make: Callable) -> Callable[[], float]:
+    def half_steps(make: Callable) -> Callable[[], float]:
         mine = [nn.Parameter(p.clone()) for p in params]
-        ours = [[t.clone() for t in tensors] for tensors in (g, g_sam)]
         optimizer = make(mine)
 
-        def step() -> float:
-            for kept, given in zip((g, g_sam), ours, strict=True):
-                torch._foreach_copy_(given, kept)
-            begin = time.perf_counter()
-            for given, half in zip(ours, (optimizer.first_step, optimizer.second_step), strict=True):
+        def both() -> float:
+            spent = 0.0
+            for given, half in ((g, optimizer.first_step), (g_sam, optimizer.second_step)):
                 for p, gradient in zip(mine, given, strict=True):
-                    p.grad = gradient
-                half()
-            return time.perf_counter() - begin
+                    p.grad = gradient.clone()  # a half-step may write to it
+                spent += seconds(half)
+            return spent
 
-        return step
+        return both
 
     functions = {
-        "samlib, SAM": lambda p: SAM(p, rho=0.05, **SGD),
-        "a Python loop, SAM": lambda p: ReferenceSAM(p, rho=0.05, **SGD),
-        "the usual Python loop, SAM": lambda p: UsualSAM(p, rho=0.05, **SGD),
-        "pytorch_optimizer, SAM": lambda p: OtherSAM(p, torch.optim.SGD, rho=0.05, **SGD),
-        "samlib, checkpoint134, compiled": lambda p: SAM(p, rho=0.05, mix="checkpoint134", compile=True, **SGD),
-        "samlib, checkpoint134, eager": lambda p: SAM(p, rho=0.05, mix="checkpoint134", **SGD),
-        "a Python loop, checkpoint134": lambda p: ReferenceMaskedSAM(p, rho=0.05, **SGD),
+        "samlib": lambda p: SAM(p, **SGD),
+        "davda54/sam": lambda p: LoopSAM(p, **SGD),
+        "pytorch_optimizer": lambda p: OtherSAM(p, torch.optim.SGD, **SGD),
+        "samlib, checkpoint134": lambda p: SAM(p, mix="checkpoint134", **SGD),
+        "the second document's loop": lambda p: LoopCheckpoint134(p, **SGD),
     }
-    times = in_turn({name: steps(make) for name, make in functions.items()}, repeats, warm=3)
+    times = in_turn({name: half_steps(make) for name, make in functions.items()}, repeats, warm=3)
 
-    def row(what: str, slow: str, fast: str, bar: float | None, note: str = "") -> Row:
-        pair = {name: times[name] for name in (slow, fast)}
-        milliseconds = ", ".join(f"{name}: {1e3 * sorted(t)[len(t) // 2]:.0f} ms" for name, t in pair.items())
-        return Row(what, ratios(times, slow, fast), "times", bar, True, f"{milliseconds}{note}", pair)
+    def row(what: str, other: str, ours: str, bar: float | None) -> Row:
+        pair = {name: times[name] for name in (other, ours)}
+        return Row(what, ratios(times, other, ours), "times", bar, True, milliseconds(pair), pair)
 
-    masked = "a Python loop, checkpoint134"
     return [
-        row("SAM's arithmetic, 11.2 M parameters: faster than a Python loop without needless temporaries",
-            *list(functions)[1::-1], 2.5, f"; {TRAFFIC}"),
-        row("the same: faster than the loop of github.com/davda54/sam (told, not judged)", "the usual Python loop, SAM",
-            "samlib, SAM", None),
-        row("the same: faster than pytorch_optimizer's SAM", "pytorch_optimizer, SAM", "samlib, SAM", 2.5),
-        row("a masked mix (checkpoint134): faster than a Python loop", masked, "samlib, checkpoint134, compiled", 4),
-        row("the same without torch.compile (told, not judged)", masked, "samlib, checkpoint134, eager", None),
+        row("SAM's arithmetic, 11.2 M parameters: faster than the loop of github.com/davda54/sam",
+            "davda54/sam", "samlib", 1),
+        row("the same: faster than pytorch_optimizer's SAM", "pytorch_optimizer", "samlib", 1),
+        row("checkpoint134's: faster than the second document's loop (told, not judged)",
+            "the second document's loop", "samlib, checkpoint134", None),
     ]  # fmt: skip
 
 
-def probe(repeats: int) -> list[Row]:
+def milliseconds(times: dict[str, list[float]]) -> str:
+    return ", ".join(f"{name}: {1e3 * sorted(t)[len(t) // 2]:.0f} ms" for name, t in times.items())
+
+
+# The step, as in a training: freed memory stays with the process, and the images are channels_last
+
+
+def steps(repeats: int, batch: int) -> list[Row]:
+    keep_memory()
+    laptop = build_model(LAPTOP["model"], LAPTOP["width"], LAPTOP["stem"], 3, 10, 0)
+    cases = {
+        "torchvision's ResNet-18 at 32x32, two threads": (resnet18(), 32, 2),
+        "the laptop studies' model, one thread": (laptop, LAPTOP["image_size"], 1),
+    }
+    rows = []
+    for words, (model, size, threads) in cases.items():
+        x = torch.randn(batch, 3, size, size).to(memory_format=torch.channels_last)
+        y = torch.randint(0, 10, (batch,))
+        functions = {"bare": bare(model, x, y)}
+        for mix in ("sam", "checkpoint134"):
+            config = RunConfig(mix=mix, batch_size=batch, threads=threads)
+            step = EagerStep(model, SAM(model.parameters(), mix=mix, **SGD), config, CPU)
+            functions[mix] = lambda step=step, x=x, y=y: step(x, y)
+        with numerics(config, CPU):
+            times = in_turn(functions, repeats, warm=2)
+        for mix in ("sam", "checkpoint134"):
+            what = f"a {mix} step of {words}, batch {batch}, over two bare passes and torch's fused SGD step"
+            rows.append(Row(what, ratios(times, mix, "bare"), "times", 1.08, False, milliseconds(times), times))
+    return rows
+
+
+def bare(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], None]:
+    """Two forward and backward passes on one batch, then SGD: what a SAM step cannot do without."""
+    optimizer = torch.optim.SGD(model.parameters(), fused=True, **SGD)
+
+    def step() -> None:
+        for _ in range(2):
+            optimizer.zero_grad()
+            cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+    return step
+
+
+def probe(repeats: int, batch: int) -> list[Row]:
     model = build_model("resnet18", 64, "imagenet", 3, 10, 0)
-    _, g, g_sam = gradients()
-    names = [name for name, _ in model.named_parameters()]
+    x = torch.randn(batch, 3, 32, 32).to(memory_format=torch.channels_last)
+    y = torch.randint(0, 10, (batch,))
+    pair = gradient_pair(model, x, y, 0.05)
 
-    def ours(compile: bool) -> None:
-        pair = GradientPair(names, g, g_sam, 0.0, 0.0)
-        probe_rows(pair, model, compile=compile)
-        pair.codes()
+    def one_pass() -> None:
+        with as_trained(model):
+            gradients(model, cross_entropy(model(x), y))
 
-    functions = {
-        "a Python loop with divisions": lambda: reference_probe(g, g_sam),
-        "samlib, compiled": lambda: ours(True),
-        "samlib, eager": lambda: ours(False),
-    }
-    times = in_turn(functions, repeats, warm=2)
-    slow, compiled, eager = functions
-    milliseconds = [1e3 * t for t in times[compiled]]
-    note = "codes, five fractions, ratio bins, norms, cosine, and the counts of every layer"
-    return [
-        Row("a full probe, 11.2 M parameters: faster than a Python loop with divisions", ratios(times, slow, compiled),
-            "times", 8, True, note, times),
-        Row("the same, its time", milliseconds, "ms", 30),
-        Row("the same without torch.compile (told, not judged)", ratios(times, slow, eager), "times", None),
-    ]  # fmt: skip
+    def counting() -> None:
+        probe_rows(replace(pair), model)  # a new pair: one keeps its codes
+
+    times = in_turn({"one pass": one_pass, "counting": counting}, repeats, warm=2)
+    what = f"counting a probe of 11.2 M parameters over one of its two passes, batch {batch} at 32x32, two threads"
+    return [Row(what, ratios(times, "counting", "one pass"), "times", 1, False, milliseconds(times), times)]
 
 
 # An epoch
@@ -204,7 +197,7 @@ def epoch_shares(fields: dict, root: Path, quick: bool) -> list[Row]:
     }
     rows = []
     for words, values in cases.items():
-        values = values | ({"epochs": 1, "data_fraction": 0.01} if quick and "root" not in values else {})
+        values = values | ({"epochs": 1, "data_fraction": 0.01} if quick and values["dataset"] != "digits" else {})
         config = RunConfig(mix="sgd", device="cpu", eval_every=10**6, **values)
         shares = outside(config, root)
         bar = None if "told" in words else 3
@@ -222,8 +215,8 @@ def outside(config: RunConfig, root: Path) -> list[float]:
         marks.append(time.perf_counter())
         inside.append(0.0)
 
-    with run.lock(), numerics(config, torch.device("cpu")):
-        training = Training(config, run, torch.device("cpu"))
+    with run.lock(), numerics(config, CPU):
+        training = Training(config, run, CPU)
         step, plan, row = training.step, training.batches.epoch, training.metrics_row
 
         def timed(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -327,45 +320,21 @@ def workers(fields: dict, root: Path, rounds: int, epochs: int) -> list[Row]:
 
 
 def runner(root: Path, runs: int, repeats: int) -> list[Row]:
-    from samlib.batch import kernels
-    from samlib.batch.runner import dask_client, execute, run_all
+    from samlib.batch.runner import run_all
 
-    numbers = iter(range(10**6))
-    folder = root / "runner"
-    folder.mkdir()
-    empty = folder / "empty.ipynb"
-    cells = [nbformat.v4.new_code_cell("value = 1", metadata={"tags": ["parameters"]})]
-    spec = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=spec), empty)
-    processes = 2
+    numbers, folder, processes = iter(range(10**6)), root / "runner", 2
 
     def overhead() -> float:
+        """Seconds of a worker for each run of one epoch, less those of its training."""
         configs = [RunConfig(epochs=1, seed=next(numbers), device="cpu", **DIGITS) for _ in range(runs)]
-        wall = []
+        wall: list[float] = []
         quietly(lambda: wall.append(seconds(lambda: run_all(configs, folder, workers=processes))))
         trained = sum(Run(config, folder).summary["seconds"] for config in configs)
         return (wall[0] * processes - trained) / runs
 
-    def cluster() -> None:
-        with dask_client(processes, None):
-            pass
-
-    def kernel() -> None:
-        execute(str(empty), str(folder / "out.ipynb"), {"value": 2}, str(PROJECT))
-
-    def first_kernel() -> None:
-        kernels.stop()
-        kernel()
-
-    functions = {"a run": overhead, "Dask cluster": cluster, "first kernel": first_kernel, "kernel": kernel}
-    times = in_turn(functions, repeats)
-    middle = {name: sorted(t)[len(t) // 2] for name, t in times.items()}
-    dask, first = (middle[name] * processes / runs for name in ("Dask cluster", "first kernel"))
+    times = in_turn({"a run": overhead}, repeats)
     note = (
-        f"of {runs} runs of one epoch on {processes} workers, a run: Dask cluster {dask:.1f} s, each worker's first "
-        f"kernel with its imports {first:.1f} s ({middle['first kernel']:.1f} s once), every kernel, forked from it, "
-        f"{middle['kernel']:.1f} s, the rest (data, evaluation, figure, files, and two at a time) "
-        f"{middle['a run'] - dask - first - middle['kernel']:.1f} s"
+        f"{runs} runs of one epoch on {processes} workers; the start of Dask is in it, and of a kernel where it is new"
     )
     return [Row("the runner's overhead a run (Dask, papermill, kernel, imports)", times["a run"], "s", 5, False, note)]
 

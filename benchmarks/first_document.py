@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import samlib.data
 from benchmarks.measure import seconds
-from benchmarks.reference_sam import ReferenceSAM
+from benchmarks.reference_sam import LoopSAM
 from samlib._torchvision import torchvision
 from samlib.config import RunConfig
 from samlib.data import stratified_subset
@@ -46,7 +46,7 @@ class FirstDocument:
         sgd = dict(lr=0.1, momentum=0.9, weight_decay=5e-4)
         self.sam = mix == "sam"
         if self.sam:
-            self.optimizer = ReferenceSAM(self.model.parameters(), rho=0.05, **sgd)
+            self.optimizer = LoopSAM(self.model.parameters(), rho=0.05, **sgd)
         else:
             self.optimizer = torch.optim.SGD(self.model.parameters(), **sgd)
 

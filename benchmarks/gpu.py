@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import images, measure
 from benchmarks.measure import Row, in_turn, ratios, seconds
-from samlib.config import RunConfig
+from samlib.config import RunConfig, UserError
 from samlib.models import build_model
 from samlib.sam import SAM
 from samlib.step import EagerStep, GraphStep
@@ -17,11 +17,7 @@ from samlib.train import numerics, train
 
 
 def measure_all(quick: bool) -> None:
-    title = "Speed on a GPU"
-    if not torch.cuda.is_available():
-        note = "no CUDA device here: not measured"
-        measure.report("gpu", title, measure.machine(), [], [note], keep=not quick)
-        return
+    need_cuda()
     begin, facts = time.monotonic(), measure.machine()
     short = (1, 2) if quick else (10, 20)
     with tempfile.TemporaryDirectory() as folder:
@@ -35,15 +31,22 @@ def measure_all(quick: bool) -> None:
         f"Times of whole runs are taken from trainings of {short[0]} and {short[1]} epochs, start, loading and capture "
         f"included: T({short[0]}), and the difference of both for every further {short[1] - short[0]} epochs."
     ]
-    measure.report("gpu", title, facts, rows, notes, keep=not quick)
+    measure.report("gpu", "Speed on a GPU", facts, rows, notes, keep=not quick)
+
+
+def need_cuda() -> None:
+    if not torch.cuda.is_available():
+        raise UserError("bench gpu: no CUDA device here; nothing is measured, and the table stays as it is")
 
 
 def minutes(config: RunConfig, root: Path, short: tuple[int, int]) -> float:
     """Minutes of a whole run, from two short ones with the same intervals."""
-    few, more = (
-        seconds(lambda epochs=epochs: train(config.model_copy(update={"epochs": epochs}), root, progress=False))
-        for epochs in short
-    )
+
+    def whole(epochs: int) -> None:
+        run = train(config.model_copy(update={"epochs": epochs}), root, progress=False)
+        assert run.summary["status"] == "done", f"{run.id} diverged: its time is that of a part"
+
+    few, more = (seconds(lambda epochs=epochs: whole(epochs)) for epochs in short)
     return (few + (more - few) * (config.epochs - short[0]) / (short[1] - short[0])) / 60
 
 
@@ -87,6 +90,7 @@ def made(kind: type, mix: str, lr: float, config: RunConfig) -> tuple[EagerStep 
 
 def losses(steps: int) -> list[Row]:
     """The captured step against the eager one, on deterministic kernels: the largest relative difference of losses."""
+    need_cuda()
     rows = []
     for mix in ("sgd", "sam", "checkpoint134"):
         config = RunConfig(mix=mix, deterministic=True)
