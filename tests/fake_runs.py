@@ -25,5 +25,5 @@ def write_run(
 
 def write_study(path: Path, grids: dict[str, Any], base: dict[str, Any] | None = None) -> Path:
     content = {"title": "A study", "dataset": "made-up digits", "base": {"dataset": "digits", **(base or {})}}
-    path.write_text(yaml.safe_dump(content | {"grids": grids}))
+    path.write_text(yaml.safe_dump(json.loads(json.dumps(content | {"grids": grids}))))  # copies, or YAML would alias
     return path

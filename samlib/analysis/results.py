@@ -90,6 +90,8 @@ class Results:
             self._tables[name] = load_table(name, self.root, self._runs.index)
         rows = self._tables[name]
         rows = rows[rows.run.isin(self.ids(grid))]
+        if name == "sharpness":  # an older version's says nothing of logits, and cannot be compared
+            rows = rows[rows.reindex(columns=["logits"]).logits.notna()]
         if rows.empty:
             where = relative(self.study.path)
             raise NotMeasured(f"no finished run of {where} has the table {name!r}; its configuration asks for none")

@@ -27,6 +27,7 @@ FRAMES = {
     HOLDS: "background:#222;color:#fff;border:1px solid #222", CONTRADICTED: "border:2px solid #222;color:#222",
     UNDECIDED: "border:1px dashed #777;color:#444", NOT_MEASURED: "border:1px solid transparent;color:#888",
 }  # fmt: skip
+LEDGER = ("claim", "comparison", "verdict", "measured", "n", "note", "documented", "rule", "document")
 STYLE = """<style>
 .samlib {border-collapse: collapse; font-size: 13px}
 .samlib th, .samlib td {text-align: left !important; vertical-align: top; padding: 3px 9px;
@@ -61,7 +62,7 @@ def cells(table: pd.DataFrame | pd.Series) -> pd.DataFrame:
     if table.index.names == ["name"]:  # a ledger: what a claim says, once
         repeated = table.index.duplicated()
         same = {c: table[c].mask(repeated, "") for c in ("document", "claim", "documented", "rule")}
-        table = table.assign(**same).drop(columns="notebook", errors="ignore")
+        table = table.assign(**same)[[column for column in LEDGER if column in table]]
         table = table[[column for column in table if any(table[column] != "")]]
     names = [[part for part in (name if isinstance(name, tuple) else (name,)) if part] for name in table]
     text = {", ".join(map(word, n)): [cell(v, n[0]) for v in table.iloc[:, k]] for k, n in enumerate(names)}
@@ -74,6 +75,7 @@ def table(content: Any, *arguments: Any) -> HTML:
         text = cells(content(*arguments) if callable(content) else content)
     except NotMeasured as error:
         return HTML(f"<p>Not measured: {escape(str(error))}.</p>")
+    text = text.map(lambda short: short.replace(" ", "\xa0") if len(short) < 34 else short)  # which is not broken
     html = text.to_html(index=False, border=0, classes="samlib", justify="left", max_rows=None)
     return HTML(STYLE + html)
 
