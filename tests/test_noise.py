@@ -88,6 +88,10 @@ def test_n_counts_runs_and_not_probes(tmp_path):
     assert {e.n for column in table for e in table[column]} == {3}
     each = noise.probe(written(tmp_path / "again"), "rho").query("checkpoint == 3 and rho == 0.1 and mix == 'sam'")
     assert table.loc[("sam", 0.1, 3), "flips' share of |g|"].value == pytest.approx(each.of_g.mean())
+    thirds = noise.by_checkpoint(written(tmp_path / "thirds"), "rho", ["sam"], ["third"])
+    assert set(thirds.index.get_level_values("third")) == {2, 3}  # epochs 1 and 2 of 2
+    late = noise.probe(written(tmp_path / "late"), "rho").query("epoch == 2 and checkpoint == 3 and mix == 'sam'")
+    assert thirds.loc[("sam", 0.1, 3, 3), "by chance"].value == pytest.approx(late.sets_chance.mean())
     with pytest.raises(NotMeasured, match="checkpoint1"):
         noise.by_checkpoint(written(tmp_path / "third"), "rho", ["checkpoint1"])
 
@@ -97,7 +101,7 @@ def test_checkpoint_2_carries_the_flips_where_it_has_more_than_as_many_at_random
     results = written(tmp_path, lambda s, e: by_layer_alone(s, e, more + 0.01 * s))
     rows = ledger(results, "08_label_noise").loc["checkpoint2_carries_the_flips"]
     sets = rows[rows.comparison.str.contains("set the direction")]
-    assert set(sets.verdict) == {verdict} and len(sets) == 4  # SAM at three ρ, and SGD
+    assert set(sets.verdict) == {verdict} and len(sets) == 8  # SAM at three ρ, and SGD; all of it and the last third
 
 
 def test_saner_is_compared_at_one_rho_and_each_at_its_own(tmp_path):

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import pandas as pd
 
 from samlib.analysis.results import REGIME, NotMeasured, Results, chosen_rho, pairs
@@ -23,11 +24,13 @@ COLUMNS = {  # of `by_checkpoint`
 
 
 def probe(results: Results, grid: str | None = None, by: Sequence[str] = ()) -> pd.DataFrame:
-    """A row a probe, checkpoint (0: all active parameters) and `by` (kind): the RATIOS, each with its `_chance`, that
-    of as many random active parameters of the same kinds of layer, `share` of the active parameters, and `images`,
+    """A row a probe, checkpoint (0: all active parameters) and `by` (kind, third of training): the RATIOS, each with
+    its `_chance`, that of as many random active parameters of the same kinds of layer, `share` of the active parameters, and `images`,
     the share of the probed images that are flipped. Raises NotMeasured."""
     rows = results.table("noise", grid, fields=("mix", *REGIME, "rho", "seed"))
     rows, sums = rows[rows.checkpoint > 0], list(NOISE_SUMS)
+    thirds = np.ceil(3 * rows.epoch / rows.groupby("run").epoch.transform("max"))
+    rows = rows.assign(third=thirds.astype(int))
     one = ["run", "mix", *REGIME, "rho", "seed", "epoch"]
     kind = rows.groupby([*one, "kind"])[sums].transform("sum")
     chance = kind.mul(rows.parameters / kind.parameters.where(kind.parameters > 0), axis=0).add_suffix("_chance")
@@ -58,9 +61,11 @@ def by_checkpoint(
     return pd.DataFrame(table).rename(index=lambda code: "all" if code == 0 else code, level="checkpoint")
 
 
-def beyond_chance(results: Results, name: str, checkpoint: int, mix: str) -> pd.Series:
-    """One of RATIOS minus its chance level, the mean over each run's probes: an Estimate by data, flips and ρ."""
-    rows = probe(results).query("checkpoint == @checkpoint and mix == @mix")
+def beyond_chance(results: Results, name: str, checkpoint: int, mix: str, third: int | None = None) -> pd.Series:
+    """One of RATIOS minus its chance level, the mean over each run's probes (of a third): an Estimate by
+    data, flips and ρ."""
+    rows = probe(results, by=["third"]).query("checkpoint == @checkpoint and mix == @mix")
+    rows = rows[rows.third == third] if third else rows
     where = [*REGIME, "rho"]
     runs = rows.assign(more=rows[name] - rows[f"{name}_chance"]).groupby([*where, "run"]).more.mean()
     return runs.groupby(where).agg(mean_interval, unit="points", signed=True)
