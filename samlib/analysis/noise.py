@@ -25,8 +25,8 @@ COLUMNS = {  # of `by_checkpoint`
 
 def probe(results: Results, grid: str | None = None, by: Sequence[str] = ()) -> pd.DataFrame:
     """A row a probe, checkpoint (0: all active parameters) and `by` (kind, third of training): the RATIOS, each with
-    its `_chance`, that of as many random active parameters of the same kinds of layer, `share` of the active parameters, and `images`,
-    the share of the probed images that are flipped. Raises NotMeasured."""
+    its `_chance`, that of as many random active parameters of the same kinds of layer, `share` of the active
+    parameters, and `images`, the share of the probed images that are flipped. Raises NotMeasured."""
     rows = results.table("noise", grid, fields=("mix", *REGIME, "rho", "seed"))
     rows, sums = rows[rows.checkpoint > 0], list(NOISE_SUMS)
     thirds = np.ceil(3 * rows.epoch / rows.groupby("run").epoch.transform("max"))
