@@ -259,7 +259,6 @@ def message(config: RunConfig, root: Path, size: int) -> str:
     "before, size, name",
     [
         (0, 100, "config.json"),
-        (0, 2000, "layers.csv"),
         (0, 20_000, "state.incoming.pt"),
         (5, 100, "probes.csv"),
         (5, 20_000, "state.incoming.pt"),

@@ -66,6 +66,7 @@ class Kernel:
         options = {"transport": "ipc", "kernel_spec_manager": specs, "client_class": as_nbclient_wants}
         self.manager = Manager(connection_file=name, **options)
         environment = {key: value for key, value in os.environ.items() if key != "PYTHONWARNINGS"}
+        environment["TMPDIR"] = folder()
         environment["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"  # else the debugger warns in every kernel
         for threads in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # torch's are the run's to set
             environment.setdefault(threads, "1")

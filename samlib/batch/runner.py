@@ -153,9 +153,9 @@ def dask_client(workers: int, scheduler: str | None) -> Iterator[Any]:
         return
     place = {"dashboard_address": "127.0.0.1:0", "worker_dashboard_address": "127.0.0.1:0"}
     options = {"threads_per_worker": 1, "processes": False, "memory_limit": 0, "silence_logs": logging.CRITICAL}
-    with dask.config.set(DASK):
+    with dask.config.set({**DASK, "temporary-directory": kernels.folder()}):
         with broken_dask():
-            cluster = LocalCluster(n_workers=workers, local_directory=kernels.folder(), **place, **options)
+            cluster = LocalCluster(n_workers=workers, **place, **options)
         with cluster, Client(cluster) as client:
             yield client
 
