@@ -1,5 +1,6 @@
 """Figures of the checkpoint ablation: every update beside SGD, SAM and its controls, and over ρ."""
 
+import textwrap
 from contextlib import suppress
 
 import numpy as np
@@ -12,7 +13,7 @@ from samlib.analysis.results import NotMeasured, Results, in_order, mix_name
 from samlib.analysis.stats import Estimate, expected_by_chance
 
 TITLES = {"test_accuracy": "test accuracy", "memorized": "flips memorized", "eval_train_accuracy": "training accuracy"}
-TITLES |= {name: name.replace(", ", ",\n") for name in ablation.SHARPNESS}
+TITLES |= {name: textwrap.fill(f"sharpness, {name}", 24) for name in ablation.SHARPNESS}
 
 
 def drawn(e: Estimate) -> tuple[float, float]:
@@ -119,7 +120,7 @@ def over_rho(results: Results, grids: list[str], values: tuple[str, ...], alt: s
         ax.set_xticks(ticks, [f"{rho:g}" for rho in ticks])
         ax.set_xticks([], minor=True)
         ax.set(xlabel="ρ", ylabel=found.iloc[0].unit)
-        figures.panel_title(ax, TITLES[value].replace("\n", " "))
+        figures.panel_title(ax, TITLES[value])
     figures.legend(figure, columns=6)
     note = "mean and 95 % interval over seeds" + "; dotted: memorized by chance alone" * ("memorized" in values)
     return figures.describe(figure, alt, results.caption(runs=runs[runs.mix.isin(["sgd", *mixes])], note=note))
