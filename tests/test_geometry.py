@@ -253,7 +253,9 @@ def test_three_rho_are_too_few_to_leave_one_out(tmp_path):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    return made(tmp_path_factory.mktemp("whole"), {"mix": ["sam", "sgd"], "rho": [0.1, 0.2, 0.3, 0.4]})
+    return made(
+        tmp_path_factory.mktemp("whole"), {"mix": ["sam", "sgd"], "rho": [0.1, 0.3], "noise_fraction": [0.0, 0.4]}
+    )
 
 
 @pytest.mark.parametrize("name", DRAWN)

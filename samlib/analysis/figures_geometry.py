@@ -22,7 +22,8 @@ SEEDS = "lines: means over the seeds, bands: from the least to the greatest"
 def finished(
     figure: Figure, results: Results, frame: pd.DataFrame, alt: str, note: str = "", seeds: str = SEEDS
 ) -> Figure:
-    figures.legend(figure, columns=5)
+    longest = max((len(label) for axes in figure.axes for label in axes.get_legend_handles_labels()[1]), default=1)
+    figures.legend(figure, columns=min(5, 110 // (longest + 7)))
     note = f"{note}; {seeds}" if note else seeds
     return figures.describe(figure, alt, results.caption(runs=results.runs().loc[frame.run.unique()], note=note))
 
@@ -47,25 +48,30 @@ def looks(frame: pd.DataFrame) -> list[tuple[pd.DataFrame, dict]]:
     found, seen = [], []
     for setting, part in frame.groupby("setting", observed=True):
         mix, k = part.mix.iloc[0], seen.count(part.mix.iloc[0])
-        other = {"color": figures.OTHERS[k % 4], "linestyle": (0, (k + 1, 1))} if k else {}
+        other = {"color": figures.OTHERS[len(seen) % 4], "linestyle": (0, (k + 1, 1))} if k else {}
         found.append((part, look(mix, label=setting, **other)))
         seen.append(mix)
     return found
 
 
-def by_column(
-    frame: pd.DataFrame, x: str, columns: dict[str, str], xlabel: str, scale: float = 1, chance: str = ""
+def lines(
+    panels: dict[str, tuple[pd.DataFrame, str, str]], x: str, xlabel: str, scale: float = 1, sharey: bool = False
 ) -> tuple[Figure, np.ndarray]:
-    """A panel a column, a line a setting. chance: the column of the first panel's chance level."""
-    figure, [panels] = figures.figure(1, len(columns), height=3.1)
-    for axes, (column, title) in zip(panels, columns.items(), strict=True):
+    """A panel a title: of its rows the column y, and the column of its chance level ("": none); a line a setting."""
+    figure, [row] = figures.figure(1, len(panels), height=3.2, sharey=sharey)
+    for axes, (title, (frame, y, chance)) in zip(row, panels.items(), strict=True):
         for part, style in looks(frame):
-            curve(axes, part, x, column, scale, **style)
-            if chance and axes is panels[0]:
+            curve(axes, part, x, y, scale, **style)
+            if chance:
                 curve(axes, part, x, chance, scale, **style | CHANCE | {"color": style["color"]})
         panel_title(axes, title)
         axes.set_xlabel(xlabel)
-    return figure, panels
+    return figure, row
+
+
+def by_batch(frame: pd.DataFrame, y: str, chance: str = "") -> dict[str, tuple[pd.DataFrame, str, str]]:
+    titles = {"same": "the same images", "other": "other images"}
+    return {title: (frame[frame.batch == batch], y, chance) for batch, title in titles.items()}
 
 
 def shown(frame: pd.DataFrame) -> pd.DataFrame:
@@ -128,23 +134,10 @@ def kinds(results: Results) -> Figure:
     return finished(figure, results, frame, "Shares of the checkpoints over training by kind of layer, a row a setting")
 
 
-def by_batch(frame: pd.DataFrame, x: str, y: str, ylabel: str, scale: float, chance: str = "") -> tuple[Figure, Any]:
-    """The same images at later weights, beside each step's own."""
-    figure, [panels] = figures.figure(1, 2, height=3.2, sharey=True)
-    for axes, batch, title in zip(panels, ("same", "other"), ("the same images", "other images"), strict=True):
-        for part, style in looks(frame[frame.batch == batch]):
-            curve(axes, part, x, y, scale, **style)
-            if chance:
-                curve(axes, part, x, chance, scale, **style | CHANCE | {"color": style["color"]})
-        panel_title(axes, title)
-        axes.set_xlabel("steps later")
-    panels[0].set_ylabel(ylabel)
-    return figure, panels
-
-
 def lifts(results: Results) -> Figure:
     frame = geometry.lifts(results)
-    figure, panels = by_batch(frame, "about", "lift", "overlap over chance (lift)", 1)
+    figure, panels = lines(by_batch(frame, "lift"), "about", "steps later", sharey=True)
+    panels[0].set_ylabel("overlap over chance (lift)")
     for axes in panels:
         axes.axhline(1, **CHANCE)
         plain(axes, [lag for lag in geometry.LAGS if str(lag)[0] != "5" and lag <= frame.about.max()])
@@ -154,8 +147,8 @@ def lifts(results: Results) -> Figure:
 
 def running(results: Results) -> Figure:
     frame = geometry.running(results)
-    figure, panels = by_batch(frame, "later", "share", "left of the first set, %", 100, "by_chance")
-    panels[0].set_yscale("log")
+    figure, panels = lines(by_batch(frame, "share", "by_chance"), "later", "steps later", 100, sharey=True)
+    panels[0].set(yscale="log", ylabel="left of the first set, %")
     alt = "What has been in checkpoint 1 at every step since, on the same and on other images, beside chance"
     return finished(figure, results, frame, alt, "dotted: chance within layers")
 
@@ -173,8 +166,8 @@ def ratios(results: Results) -> Figure:
 
 def lengths(results: Results) -> Figure:
     frame = geometry.shares(results)
-    names = {name: geometry.WORDS[name] for name in ("grad_norm", "length", "cosine")}
-    figure, panels = by_column(frame, "at", names, "epoch")
+    parts = {geometry.WORDS[name]: (frame, name, "") for name in ("grad_norm", "length", "cosine")}
+    figure, panels = lines(parts, "at", "epoch")
     panels[0].set_yscale("log")
     panels[1].axhline(1, **CHANCE)
     return finished(figure, results, frame, "Norm of g, ratio of the norms of g' and g, and their cosine over training")
@@ -182,8 +175,9 @@ def lengths(results: Results) -> Figure:
 
 def resting(results: Results) -> Figure:
     frame = geometry.last(geometry.rows(results, "convergence")).query("checkpoint > 0")
-    titles = {"significant": "mean gradient differs from zero, %", "moving": "would move by 1 % in an epoch, %"}
-    figure, panels = by_column(frame, "checkpoint", titles, "checkpoint", 100, "chance")
+    parts = {"mean gradient differs from zero, %": (frame, "significant", "chance")}
+    parts["would move by 1 % in an epoch, %"] = (frame, "moving", "")
+    figure, panels = lines(parts, "checkpoint", "checkpoint", 100)
     for axes in panels:
         axes.axhline(60, color=figures.DOCUMENT["color"], linestyle="--", linewidth=1, label="the document: 60 %")
         axes.set(xticks=range(1, 5), ylim=(0, 100))
@@ -194,8 +188,8 @@ def resting(results: Results) -> Figure:
 def thresholds(results: Results) -> Figure:
     frame = geometry.thresholds(results)
     frame[["done", "share", "by_chance"]] *= 100
-    titles = {"share": "share of checkpoint 1 above its threshold, %", "threshold": "threshold, |g|"}
-    figure, panels = by_column(frame, "done", titles, "training done, %", chance="by_chance")
+    parts = {"share of checkpoint 1 above its threshold, %": (frame, "share", "by_chance")}
+    figure, panels = lines(parts | {"threshold, |g|": (frame, "threshold", "")}, "done", "training done, %")
     theirs = frame.drop_duplicates("done").sort_values("done")
     panels[0].plot(theirs.done, 100 * theirs.their_share, **figures.DOCUMENT, label="the document")
     panels[1].plot(theirs.done, theirs.their_threshold, **figures.DOCUMENT)
@@ -260,9 +254,9 @@ def sweep(results: Results) -> Figure:
 
 def leaving(results: Results) -> Figure:
     frame = geometry.leaving(results)
-    titles = {"share": "in checkpoint 1, % of the active", "survival": "never left it, % of the first"}
-    titles["newcomers"] = "outside before, % of its members"
-    figure, panels = by_column(frame, "radius", titles, "radius ρ", 100)
+    titles = ("in checkpoint 1, % of the active", "never left it, % of the first", "outside before, % of its members")
+    names = zip(titles, ("share", "survival", "newcomers"), strict=True)
+    figure, panels = lines({title: (frame, name, "") for title, name in names}, "radius", "radius ρ", 100)
     for axes in panels:
         axes.set(xscale="log", ylim=(0, 100))
     alt = "Fixed weights over the radius: checkpoint 1's share, how many never left it, how many are new in it"
