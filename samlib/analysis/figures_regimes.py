@@ -21,8 +21,9 @@ def named(regime: tuple) -> str:
 
 
 def band(axes: Axes, x: Iterable, found: list[Estimate], scale: float = 1, **style: object) -> None:
-    """The means as a line, their intervals as a band."""
-    value, low, high = (scale * np.array([getattr(e, name) for e in found]) for name in ("value", "low", "high"))
+    """The means as a line, their intervals as a band; scale: 0: the estimates are of logarithms."""
+    parts = (np.array([getattr(e, name) for e in found]) for name in ("value", "low", "high"))
+    value, low, high = (scale * part if scale else np.exp(part) for part in parts)
     axes.plot(x, value, **style)
     axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
 
@@ -165,19 +166,24 @@ def batches(results: Results) -> Figure:
     metrics = results.table("metrics", name, ("batch_size", "lr", *FIELDS))
     probes = results.table("probes", name, ("batch_size", "lr", "rho", *FIELDS)).query("rho == rho_run")
     probes = probes.groupby(["run", "epoch", *by], dropna=False).grad_norm.mean().reset_index()
-    panels = {"training loss, nats": (metrics, "eval_train_loss", 1)}
-    panels |= {"gradient norm, mean of an epoch": (probes, "grad_norm", 1)}
+    panels = {"training loss, nats": (metrics, "eval_train_loss", 0)}
+    panels |= {"gradient norm, mean of an epoch": (probes, "grad_norm", 0)}
     panels |= {"test accuracy, %": (metrics, "test_accuracy", 100)}
     drawn, axes = figure(1, 3, 2.9)
     for panel, (title, (rows, value, scale)) in zip(axes[0], panels.items(), strict=True):
         for k, ((size, lr), part) in enumerate(rows.groupby(["batch_size", "lr_run"])):
+            part = part if scale else part.assign(**{value: np.log(part[value])})
             found, words = estimates(part, value, ("epoch",)), f"batch {size}, rate {lr:g}"
             style = {"color": f"C{k}", "linestyle": ("-", "--", "-.", ":")[k % 4], "marker": "os^D"[k % 4]}
             band(panel, found.index, list(found), scale, label=words, markersize=4, markevery=0.2, **style)
-        panel.set(xlabel="epoch", yscale="linear" if scale == 100 else "log")
-        if scale == 100:
+        panel.set(xlabel="epoch", yscale="linear" if scale else "log")
+        if scale:
             panel.set_ylim(100 * rows.test_accuracy.min() - 3, 101)
         panel_title(panel, title)
     legend(drawn)
     alt = "Training loss, gradient norm and test accuracy over the epochs. A line a batch size and learning rate."
-    return describe(drawn, alt, results.caption(name, note="mean and 95 % interval over seeds"))
+    return describe(
+        drawn,
+        alt,
+        results.caption(name, note="mean, on logarithmic axes the geometric one, and 95 % interval over seeds"),
+    )

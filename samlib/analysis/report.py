@@ -12,6 +12,7 @@ from samlib import PROJECT
 from samlib.analysis import regimes
 from samlib.analysis.claim import Claim, claims, columns, ledger, measured
 from samlib.analysis.results import NotMeasured, Results, load
+from samlib.analysis.stats import NOT_MEASURED
 from samlib.analysis.tables import SHAPES, markdown
 from samlib.config import UserError
 from samlib.runs import write_atomic
@@ -55,9 +56,12 @@ def readme_table(found: Mapping[str, list[Results]]) -> str:
     lines = [["claim", *ledgers, "read"], ["---"] * (len(ledgers) + 2)]
     for item in [c for name in HEADLINES for c in claims() if c.name == name]:
         cells = [table.loc[item.name] for table in ledgers.values()]
-        number = f" ({item.documented})" if item.documented else ""
-        texts = [f"{SHAPES[c.verdict]} **{c.verdict}** {c.measured}" for c in cells]
-        lines.append([f"“{item.quote}”{number}", *texts, item.notebook or ""])
+        quote = item.quote if item.quote.startswith("(") else f"“{item.quote}”"
+        number = f"; its number: {item.documented}" if item.documented else ""
+        said = ["" if c.verdict == NOT_MEASURED else f"<br>{c.measured}" for c in cells]
+        verdicts = [f"{SHAPES[c.verdict]} **{c.verdict}**{text}" for c, text in zip(cells, said, strict=True)]
+        read = f"[{item.notebook}](notebooks/{item.notebook}.ipynb)" if item.notebook else ""
+        lines.append([quote + number, *verdicts, read])
     return "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines) + "\n"
 
 
