@@ -211,7 +211,8 @@ class Study:
 
     def read_by(self, analysis: Analysis) -> list[RunConfig]:
         """The runs that a notebook reads: of its grid and of those its parameters name; of all where it names none."""
-        named = {v: 0 for v in (analysis.grid, *analysis.parameters.values()) if isinstance(v, str) and v in self.grids}
+        given = (analysis.grid, *analysis.parameters.values())
+        named = dict.fromkeys(v for v in given if isinstance(v, str) and v in self.grids)
         return [config for grid in named or self.grids for config in self.grids[grid]]
 
     def parameters(self, analysis: Analysis, root: Path, figures: Path) -> dict[str, Any]:
