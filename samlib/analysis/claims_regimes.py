@@ -22,9 +22,10 @@ def named(regime: tuple) -> str:
 
 
 def each(column: pd.Series, **rule: float) -> Iterator[Finding]:
-    """A finding a regime, and for several the sign count."""
+    """A finding a regime that has a pair of runs."""
     for regime, estimate in column.items():
-        yield Finding(named(regime[-2:]), estimate, decide(estimate, **rule))
+        if estimate.n:
+            yield Finding(named(regime[-2:]), estimate, decide(estimate, **rule))
 
 
 def of_sam(table: pd.DataFrame) -> pd.Series:

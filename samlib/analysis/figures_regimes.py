@@ -44,7 +44,7 @@ def curves(results: Results, value: str = "test_accuracy") -> Figure:
         for mix in in_order(part.mix):
             found = estimates(part[part.mix == mix], value, ("epoch",))
             band(panel, found.index, list(found), 100, **look(mix, markevery=max(1, len(found) // 6)))
-            if value == "memorized":
+            if value == "memorized" and "memorized_chance" in part:
                 chance = part[part.mix == mix].groupby("epoch").memorized_chance.mean()
                 panel.plot(chance.index, 100 * chance, ":", color=look(mix)["color"], linewidth=0.9)
     from_zero = value == "memorized"

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from html import escape
 from typing import Any
 
+import matplotlib.pyplot as plt
 import pandas as pd
 from IPython.display import HTML, Image
 
@@ -13,7 +14,7 @@ from samlib.analysis.results import NotMeasured, Results, mix_name
 from samlib.analysis.stats import CONTRADICTED, HOLDS, NOT_MEASURED, UNDECIDED
 
 # A verdict by its word and a shape, so that it is read without colours too.
-SHAPES = {HOLDS: "✔", CONTRADICTED: "✘", UNDECIDED: "?", NOT_MEASURED: "–"}
+SHAPES = {HOLDS: "✔", CONTRADICTED: "✘", UNDECIDED: "?", NOT_MEASURED: "○"}
 SHARES = ("data_fraction", "noise_fraction")
 WORDS = {
     "data_fraction": "data", "noise_fraction": "flipped labels", "mix": "update", "rho": "ρ", "batch_size": "batch",
@@ -27,13 +28,13 @@ FRAMES = {
     HOLDS: "background:#222;color:#fff;border:1px solid #222", CONTRADICTED: "border:2px solid #222;color:#222",
     UNDECIDED: "border:1px dashed #777;color:#444", NOT_MEASURED: "border:1px solid transparent;color:#888",
 }  # fmt: skip
-LEDGER = ("claim", "comparison", "verdict", "measured", "n", "note", "documented", "rule", "document")
+LEDGER = ("claim", "comparison", "verdict", "measured", "n", "note", "rule")
 STYLE = """<style>
-.samlib {border-collapse: collapse; font-size: 13px}
+.samlib {border-collapse: collapse; font-size: 13px; table-layout: auto !important}
 .samlib th, .samlib td {text-align: left !important; vertical-align: top; padding: 3px 9px;
-  border-bottom: 1px solid #ccc; white-space: normal; max-width: 21em; min-width: 3em}
+  border-bottom: 1px solid #ccc; white-space: normal}
 .samlib th {border-bottom: 2px solid #222}
-.claims {width: 100%} .claims td {max-width: none; line-height: 1.35} .claims small {color: #555}
+.claims {width: 100%} .claims td {line-height: 1.35} .claims small {color: #555}
 .claims .subject th {font-size: 15px; padding-top: 16px}
 .claims .v {padding: 0 7px; border-radius: 9px; white-space: nowrap}
 </style>"""
@@ -60,8 +61,11 @@ def cells(table: pd.DataFrame | pd.Series) -> pd.DataFrame:
     table = table.to_frame(table.name or "value") if isinstance(table, pd.Series) else table
     table = table.reset_index() if any(table.index.names) and table.index.names != ["name"] else table
     if table.index.names == ["name"]:  # a ledger: what a claim says, once
-        repeated = table.index.duplicated()
-        same = {c: table[c].mask(repeated, "") for c in ("document", "claim", "documented", "rule")}
+        titles = {title for title, _ in DOCUMENTS.values()}
+        pairs = zip(table.document, table.documented, strict=True)
+        source = [d * (d not in titles) + " Its number: " * bool(n) + n for d, n in pairs]
+        table = table.assign(claim=[c + f" ({s.strip()})" * bool(s) for c, s in zip(table.claim, source, strict=True)])
+        same = {column: table[column].mask(table.index.duplicated(), "") for column in ("claim", "rule")}
         table = table.assign(**same)[[column for column in LEDGER if column in table]]
         table = table[[column for column in table if any(table[column] != "")]]
     names = [[part for part in (name if isinstance(name, tuple) else (name,)) if part] for name in table]
@@ -75,7 +79,8 @@ def table(content: Any, *arguments: Any) -> HTML:
         text = cells(content(*arguments) if callable(content) else content)
     except NotMeasured as error:
         return HTML(f"<p>Not measured: {escape(str(error))}.</p>")
-    text = text.map(lambda short: short.replace(" ", "\xa0") if len(short) < 34 else short)  # which is not broken
+    shortest = 16 if "rule" in text else 34  # of what may be broken into lines
+    text = text.map(lambda of: of if len(of) > shortest else of.replace(" ", "\xa0"))
     html = text.to_html(index=False, border=0, classes="samlib", justify="left", max_rows=None)
     return HTML(STYLE + html)
 
@@ -85,6 +90,7 @@ def draw(function: Callable, results: Any, name: str, folder: Any, **options: An
     try:
         return show(save(function(results, **options), name, folder))
     except NotMeasured as error:
+        plt.close("all")  # what it had begun
         return HTML(f"<p>Not measured: {escape(str(error))}.</p>")
 
 
