@@ -44,7 +44,8 @@ def results(tmp_path):
         )
         rows = {
             "sharpness": [
-                {"epoch": e, "measure": "random", "labels": "trained", "value": e * config.rho} for e in (1, 2)
+                {"epoch": e, "measure": "random", "labels": "trained", "logits": "raw", "value": e * config.rho}
+                for e in (1, 2)
             ]
         }
         write_run(tmp_path / "runs", config, rows, "diverged" if failed else "done", **numbers)
