@@ -1,5 +1,7 @@
 """00_explore: SAM on two weights against a loop by hand, runs beside each other against their tables, and in batch."""
 
+import ast
+
 import nbformat
 import numpy as np
 import papermill
@@ -146,3 +148,11 @@ def test_executed_in_batch_it_shows_a_picture_for_each_of_its_three_sections(roo
     assert len(alts) == 3 and "ρ = 0.25" in alts[0] and "50%" in alts[1]
     sam, sgd = runs_below(root).index
     assert alts[1].endswith(sam) and alts[2].endswith(f"{sam} and {sgd}")
+
+
+def test_the_notebook_holds_calls_alone_and_thirty_lines_of_them_at_most():
+    cells = [cell for cell in nbformat.read(NOTEBOOK, 4).cells if cell.cell_type == "code"]
+    assert all("hide-input" in cell.metadata.tags for cell in cells)
+    assert sum(len(cell.source.splitlines()) for cell in cells) <= 30
+    kinds = {type(node) for cell in cells for node in ast.walk(ast.parse(cell.source))}
+    assert not kinds & {ast.FunctionDef, ast.Lambda, ast.JoinedStr}
