@@ -5,7 +5,8 @@ import os
 import signal
 import sys
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -82,96 +83,101 @@ def run(args: argparse.Namespace) -> int:
     from samlib.batch import kernels, runner
     from samlib.config import UserError
     from samlib.runs import Run
-    from samlib.study import parse_config, relative
+    from samlib.study import parse_config
 
     study, root, scheduler = args.study, args.root, args.scheduler
     if not (study or args.fields):
         raise UserError("run: name a study file, or one run by --set field=value ...")
     if scheduler is not None and not scheduler.strip():
         raise UserError("--scheduler: it is empty; give tcp://host:port, or leave it out for a cluster of this machine")
-    if study:
-        runner.check_notebooks(study)
     configs = study.configs() if study else [parse_config(args.fields, "--set")]
     if args.dry_run:
         return dry_run(configs, root, args.workers)
-    figures, batch = figures_of(root), str(os.getpid())
+    figures = figures_of(root)
 
     def stopped() -> None:
-        kernels.stop(batch)
-        kernels.stop()
         command = " ".join(["python -m samlib", *sys.argv[1:]])
         print(f"\nStopped. Finished runs are kept and started ones resume: {command}", file=sys.stderr, flush=True)
-        os._exit(130)
+        kernels.stop()
+        os._exit(130)  # Dask's own way out would wait for its workers
 
     def stop(*_: Any) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        if scheduler:
-            raise KeyboardInterrupt
-        stopped()  # no exception: Dask's own way out would wait for its workers
+        if not scheduler:
+            stopped()
+        raise KeyboardInterrupt  # the runner stops what a cluster elsewhere is at
 
     before = signal.signal(signal.SIGINT, stop)
     try:
-        failures = runner.run_all(configs, root, study, figures, args.workers, scheduler, not args.no_notebooks, batch)
+        failures = runner.run_all(configs, root, study, figures, args.workers, scheduler, not args.no_notebooks)
     except KeyboardInterrupt:
         stopped()
     finally:
         signal.signal(signal.SIGINT, before)
 
     for task, error in failures:
-        notebook = f" (see {relative(task.failed)})" if task.failed.exists() else ""
+        notebook = f" (see {here(task.failed)})" if task.failed.exists() else ""
         print(f"failed: {task.name}: {error}{notebook}", file=sys.stderr)
-    finished = [c for c in configs if Run(c, root).done]
-    diverged = [c for c in finished if Run(c, root).summary["status"] == "diverged"]
-    print(
-        f"{len(finished)} of {len(configs)} runs are done" + (f", {len(diverged)} of them diverged" if diverged else "")
-    )
-    for config in diverged:
-        print(f"diverged: {config.run_id}")
+    show_done([Run(config, root) for config in configs])
     print("Where to look:")
+    done = [root / config.run_id / "train.ipynb" for config in configs if Run(config, root).done]
     if study:
         for path in sorted((root / study.name).glob("[!.]*.ipynb")):
-            print(f"  {relative(path)}")
+            print(f"  {here(path)}")
         if (figures / study.name).is_dir():
-            print(f"  {relative(figures / study.name)}/")
-    if finished:
-        print(f"  {relative(root)}/{finished[0].run_id if len(configs) == 1 else '<run>'}/train.ipynb")
+            print(f"  {here(figures / study.name)}/")
+        done = [root / "<run>" / "train.ipynb"] if done else []
+    for path in done:
+        print(f"  {here(path)}")
     return 1 if failures else 0
 
 
+def here(path: Path) -> str:
+    """The path from the folder of the caller where it lies inside, absolute elsewhere."""
+    from samlib.study import relative
+
+    return relative(path, Path.cwd())
+
+
+def show_done(runs: list, of: str = "") -> None:
+    diverged = [run.id for run in runs if run.done and run.summary["status"] == "diverged"]
+    count = f"{sum(run.done for run in runs)} of {len(runs)}"
+    print(f"{of}runs done: {count}" + (f", diverged: {len(diverged)}" if diverged else ""))
+    for name in diverged:
+        print(f"  diverged: {name}")
+
+
 def dry_run(configs: list, root: Path, workers: int | None) -> int:
-    from samlib.batch import runner
-    from samlib.runs import Run
+    from samlib.batch import estimate, runner
 
     todo = runner.unfinished(configs, root)
     for config in configs:
-        print(f"{'done ' if Run(config, root).done else 'to do'}  {config.run_id}")
-    print(f"{len(configs)} runs: {len(configs) - len(todo)} done, {len(todo)} to do")
+        print(f"{'to do' if config in todo else 'done '}  {config.run_id}")
+    print(f"runs: {len(configs)}, done: {len(configs) - len(todo)}, to do: {len(todo)}")
     if todo:
         workers = min(workers or runner.workers_by_default(todo), len(todo))
-        seconds, notes = runner.estimated_seconds(todo)
+        seconds, notes = estimate.estimated_seconds(todo)
         for note in notes:
             print(f"not estimated: {note}")
         print(
-            f"about {seconds / workers / 3600:.2g} hours on this machine with {workers} worker(s), from a few timed "
-            "steps; probes, measures and analysis notebooks come on top"
+            f"hours on this machine: about {seconds / workers / 3600:.2g}, workers: {workers} (from a few timed steps)"
         )
+        print("probes, measures and analysis notebooks come on top")
     return 0
 
 
 def status(args: argparse.Namespace) -> int:
     from samlib.runs import Run
-    from samlib.study import relative
 
     for grid in args.study.grids:
         runs = [Run(config, args.root) for config in args.study.configs(grid)]
-        diverged = [run for run in runs if run.done and run.summary["status"] == "diverged"]
-        print(f"{grid}: {sum(run.done for run in runs)} of {len(runs)} runs are done")
-        for word, some in (("diverged", diverged), ("missing", [run for run in runs if not run.done])):
-            for item in some:
-                print(f"  {word}: {item.id}")
+        show_done(runs, f"{grid}: ")
+        for run in runs:
+            if not run.done:
+                print(f"  missing: {run.id}")
     for analysis in args.study.notebooks:
         path = args.root / args.study.name / f"{analysis.notebook}.ipynb"
-        print(f"{relative(path)}: {'executed' if path.exists() else 'not executed yet'}")
+        print(f"{here(path)}: {'executed' if path.exists() else 'not executed yet'}")
     return 0
 
 
@@ -179,7 +185,7 @@ def publish(args: argparse.Namespace) -> int:
     from samlib.analysis.report import write_readme
     from samlib.batch.publish import publish as publish_study
 
-    study = args.study
+    study, published = args.study, PROJECT / "runs/published"
     missing, stale = publish_study(study, args.root, figures_of(args.root))
     write_readme()
     for config in missing:
@@ -187,9 +193,7 @@ def publish(args: argparse.Namespace) -> int:
     for notebook in stale:
         print(f"stale: {notebook} is missing or older than what it reads; `run` executes it again, then publish again")
     count = len(study.configs())
-    print(
-        f"{count - len(missing)} of {count} runs published in runs/published; notebooks in runs/published/{study.name}"
-    )
+    print(f"runs published: {count - len(missing)} of {count}; notebooks in {here(published / study.name)}")
     return 0
 
 
@@ -221,14 +225,18 @@ class Terminal:
         self.stream = stream
 
     def write(self, text: str) -> int:
-        return self._try(self.stream.write, text) or len(text)
+        with self.lost():
+            self.stream.write(text)
+        return len(text)
 
     def flush(self) -> None:
-        self._try(self.stream.flush)
+        with self.lost():
+            self.stream.flush()
 
-    def _try(self, function: Any, *arguments: Any) -> Any:
+    @contextmanager
+    def lost(self) -> Iterator[None]:
         try:
-            return function(*arguments)
+            yield
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
@@ -238,12 +246,9 @@ class Terminal:
 
 def open_terminal() -> None:
     """Makes stdout and stderr fit for anything: closed, full, of an encoding that lacks a name's characters."""
-    for number, name in ((0, "stdin"), (1, "stdout"), (2, "stderr")):
-        with suppress(OSError):
-            os.fstat(number)
-            continue
-        os.open(os.devnull, os.O_RDWR)  # which gets this number: else a socket would, and be written to
-        setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:  # one that is closed: else a socket would get its number
+        setattr(sys, ("stdin", "stdout", "stderr")[number], open(number, "r" if number == 0 else "w", closefd=False))
+    os.close(number)
     for name in ("stdout", "stderr"):
         getattr(sys, name).reconfigure(errors="backslashreplace")
         setattr(sys, name, Terminal(getattr(sys, name)))
@@ -252,7 +257,4 @@ def open_terminal() -> None:
 if __name__ == "__main__":
     open_terminal()
     warnings.simplefilter("ignore")  # PYTHONWARNINGS=error is for those who develop what is imported here
-    code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    sys.exit(code)
+    sys.exit(main())

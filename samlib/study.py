@@ -8,11 +8,11 @@ import re
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, get_origin
+from typing import Annotated, Any, NamedTuple, get_origin
 
 import pandas as pd
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from samlib import PROJECT
 from samlib.config import RunConfig, UserError, describe
@@ -23,19 +23,25 @@ MOST_RUNS = 10_000
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")  # of a study, a grid, a notebook: they become file names
 GIVEN = ("study", "root", "grid", "figures", "overrides")  # parameters of a notebook that the study itself gives
 LISTS = {name for name, f in RunConfig.model_fields.items() if get_origin(f.annotation) is tuple}
-# In words, and pixels a side.
+
+
+class Dataset(NamedTuple):
+    name: str
+    size: int  # pixels a side
+    images: tuple[int, int]  # of training and test; known, so that nothing is downloaded only to be counted
+
+
 DATASETS = {
-    "digits": ("scikit-learn digits", 8),
-    "cifar10": ("CIFAR-10", 32),
-    "cifar100": ("CIFAR-100", 32),
-    "fashion-mnist": ("Fashion-MNIST", 28),
+    "digits": Dataset("scikit-learn digits", 8, (1005, 792)),
+    "cifar10": Dataset("CIFAR-10", 32, (50_000, 10_000)),
+    "cifar100": Dataset("CIFAR-100", 32, (50_000, 10_000)),
+    "fashion-mnist": Dataset("Fashion-MNIST", 28, (60_000, 10_000)),
 }
 
 
 class Loader(yaml.SafeLoader):
     """Safe YAML in which only what JSON takes for a number, truth value or null is one: 010, 1:00, 1_000 and yes are
-    text. No key is given twice or is not text; there are no tags, and no aliases, of which a few fill memory.
-    """
+    text. No key is there twice; there are no tags, and no aliases, of which a few fill memory."""
 
     yaml_implicit_resolvers = {}
 
@@ -47,21 +53,23 @@ class Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node, deep=False):
-        keys = [key.value if key.tag == "tag:yaml.org,2002:str" else None for key, _ in node.value]
-        for k, (key, _) in enumerate(node.value):
-            if keys[k] is None or keys[k] in keys[:k]:
-                problem = f"the key {key.value!r:.50} is {'not text' if keys[k] is None else 'there twice'}"
+        seen = set()
+        for key, _ in node.value:
+            text = key.tag == "tag:yaml.org,2002:str"
+            if not text or key.value in seen:
+                problem = f"the key {key.value!r:.50} is {'there twice' if text else 'not text'}"
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
-for _tag, _pattern, _first in (
-    ("null", r"~|null|", "~n"),
-    ("bool", r"[Tt]rue|[Ff]alse", "tTfF"),
-    ("int", r"[-+]?(0|[1-9][0-9]*)", "-+0123456789"),
-    ("float", r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?", "-+.0123456789"),
+for _tag, _pattern in (
+    ("null", r"~|null|"),
+    ("bool", r"[Tt]rue|[Ff]alse"),
+    ("int", r"[-+]?(0|[1-9][0-9]*)"),
+    ("float", r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?"),
 ):
-    Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), [*_first, ""])
+    Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), None)
 
 
 def read_yaml(text: str, where: str) -> Any:
@@ -97,15 +105,6 @@ def parse_config(values: dict[str, Any], where: str) -> RunConfig:
         raise UserError(f"{where}: {error}") from None
 
 
-def _checked(model: type[BaseModel], value: Any, where: str) -> Any:
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: found {'nothing' if value is None else f'{value!r:.100}'}; it is a mapping")
-    try:
-        return model.model_validate(value)
-    except ValidationError as error:
-        raise UserError(f"{where}: {describe(error, model)}") from None
-
-
 class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -123,9 +122,8 @@ class Analysis(_Strict):
     @field_validator("parameters")
     @classmethod
     def _not_given(cls, value: dict[str, Any]) -> dict[str, Any]:
-        for name in GIVEN:
-            if name in value:
-                raise ValueError(f"{name!r} is given by the study itself; leave it out")
+        if given := [name for name in GIVEN if name in value]:
+            raise ValueError(f"{given[0]!r} is given by the study itself; leave it out")
         return value
 
 
@@ -133,15 +131,18 @@ class _File(_Strict):
     title: str
     dataset: str = ""
     base: dict[str, Any] = {}
-    grids: Annotated[dict[str, Any], Field(min_length=1)]
-    notebooks: list[Any] = []
+    grids: Annotated[dict[Name, Any], Field(min_length=1)]
+    notebooks: list[Analysis] = []
 
-    @field_validator("grids")
+    @field_validator("notebooks")
     @classmethod
-    def _named(cls, value: dict[str, Any]) -> dict[str, Any]:
-        for name in value:
-            if not NAME.fullmatch(name):
-                raise ValueError(f"use letters, digits, - and _ in a grid's name, not {name!r:.50}")
+    def _once(cls, value: list[Analysis], info: ValidationInfo) -> list[Analysis]:
+        names, grids = [analysis.notebook for analysis in value], info.data.get("grids", {})
+        for analysis in value:
+            if names.count(analysis.notebook) > 1:
+                raise ValueError(f"{analysis.notebook} is there twice, and would overwrite its own results")
+            if analysis.grid is not None and analysis.grid not in grids:
+                raise ValueError(f"there is no grid {analysis.grid!r:.100}; the grids are {', '.join(grids)}")
         return value
 
 
@@ -168,15 +169,18 @@ class Study:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             raise UserError(f"{shown}: not a text file; a study is a YAML file") from None
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise UserError(
-                f"{shown}: cannot be read ({reason}); the studies are in {relative(PROJECT / 'studies')}/"
-            ) from None
-        file = _checked(_File, read_yaml(text, shown), shown)
+        except OSError as error:
+            raise UserError(f"{shown}: cannot be read ({error.strerror}); the studies are in studies/") from None
+        content = read_yaml(text, shown)
+        if not isinstance(content, dict):
+            raise UserError(f"{shown}: found no study; it is a mapping with title, base, grids and notebooks")
+        try:
+            file = _File.model_validate(content)
+        except ValidationError as error:
+            raise UserError(f"{shown}: {describe(error, _File)}") from None
         studies = PROJECT / "studies"
-        name = (path.relative_to(studies) if path.is_relative_to(studies) else Path(path.name)).with_suffix("")
-        name = "-".join(name.parts)
+        parts = path.relative_to(studies) if path.is_relative_to(studies) else Path(path.name)
+        name = "-".join(parts.with_suffix("").parts)
         if not NAME.fullmatch(name):
             raise UserError(f"{shown}: the file's name becomes a folder's: use letters, digits, - and _ only")
         plain = parse_config(file.base, f"{shown}: base")
@@ -187,13 +191,11 @@ class Study:
             grid: _expand(file.base | overrides, value, f"{shown}: grid {grid!r}", overrides)
             for grid, value in file.grids.items()
         }
-        dataset = file.dataset
-        if not dataset or overrides.keys() & {"dataset", "root", "image_size"}:
-            dataset = name_of_data(base)
+        set_data = overrides.keys() & {"dataset", "root", "image_size"}
+        dataset = file.dataset if file.dataset and not set_data else name_of_data(base)
         if overrides:
             name += "-" + hashlib.sha256(json.dumps(overrides, sort_keys=True).encode()).hexdigest()[:8]
-        notebooks = _analyses(file.notebooks, grids, f"{shown}: notebooks")
-        return cls(path, name, file.title, dataset, grids, notebooks, overrides)
+        return cls(path, name, file.title, dataset, grids, file.notebooks, overrides)
 
     def configs(self, grid: str | None = None) -> list[RunConfig]:
         """The runs of one grid, or of all, each once, in the file's order."""
@@ -222,10 +224,10 @@ class Study:
         return given | ({"overrides": self.overrides} if self.overrides else {}) | analysis.parameters
 
 
-def relative(path: str | Path) -> str:
-    """The path as it is shown and published: from the checkout where it lies inside, absolute elsewhere."""
+def relative(path: str | Path, to: Path = PROJECT) -> str:
+    """The path as it is published: from the checkout, or a folder, where it lies inside, absolute elsewhere."""
     path = Path(path)
-    return str(path.relative_to(PROJECT)) if path.is_relative_to(PROJECT) else str(path)
+    return str(path.relative_to(to)) if path.is_relative_to(to) else str(path)
 
 
 def resolved(path: str | Path) -> Path:
@@ -234,15 +236,17 @@ def resolved(path: str | Path) -> Path:
         path = Path(path).resolve()
         str(path).encode()
     except (OSError, RuntimeError, ValueError) as error:  # a circle of links, a NUL, a name that is not UTF-8
-        reason = "its name is not UTF-8" if isinstance(error, UnicodeError) else next(iter(str(error).splitlines()), "")
+        reason = "its name is not UTF-8" if isinstance(error, UnicodeError) else str(error)
         raise UserError(f"{path}: cannot be used as a path ({reason})") from None
     return path
 
 
 def name_of_data(config: RunConfig) -> str:
     """The dataset in words, with the size that its images have in the run: "CIFAR-10, 16x16"."""
-    name, size = DATASETS.get(config.dataset, (f"images of {config.root}", None))
-    size = config.image_size or size
+    known = DATASETS.get(config.dataset)
+    name, size = (
+        (known.name, config.image_size or known.size) if known else (f"images of {config.root}", config.image_size)
+    )
     return f"{name}, {size}x{size}" if size else name
 
 
@@ -269,18 +273,15 @@ def _factors(grid: Any, where: str) -> list[list[dict[str, Any]]]:
     """A factor for every key: its choices, each a mapping of the fields that it sets."""
     if not isinstance(grid, dict):
         raise UserError(f"{where}: found {'nothing' if grid is None else f'{grid!r:.100}'}; it is a mapping of fields")
-    factors = []
-    setters: dict[str, str] = {}
+    factors, setters = [], {}
     for key, value in grid.items():
         # A field that holds a list is written as a list; only a list of lists varies it.
-        listed = isinstance(value, list)
-        if listed and key in LISTS and not any(isinstance(v, list | dict) for v in value):
-            listed = False
-        if listed and not value:
+        plain = key in LISTS and isinstance(value, list) and not any(isinstance(v, list | dict) for v in value)
+        choices = value if isinstance(value, list) and not plain else [value]
+        if not choices:
             raise UserError(f"{where}: {key}: the list is empty; give it at least one value")
-        choices = value if listed else [value]
         mappings = [isinstance(choice, dict) for choice in choices]
-        if any(mappings) and not (listed and all(mappings)):
+        if any(mappings) and not (choices is value and all(mappings)):
             raise UserError(f"{where}: {key}: a list holds either values or mappings of fields, not both")
         factor = choices if any(mappings) else [{key: choice} for choice in choices]
         for name in {name for choice in factor for name in choice}:
@@ -289,16 +290,3 @@ def _factors(grid: Any, where: str) -> list[list[dict[str, Any]]]:
             setters[name] = key
         factors.append(factor)
     return factors
-
-
-def _analyses(values: list[Any], grids: dict[str, Any], where: str) -> list[Analysis]:
-    analyses: list[Analysis] = []
-    for value in values:
-        analysis = _checked(Analysis, value, where)
-        where_it = f"{where}: {analysis.notebook}"
-        if any(analysis.notebook == other.notebook for other in analyses):
-            raise UserError(f"{where_it}: it is there twice, and would overwrite its own results")
-        if analysis.grid is not None and analysis.grid not in grids:
-            raise UserError(f"{where_it}: there is no grid {analysis.grid!r:.100}; the grids are {', '.join(grids)}")
-        analyses.append(analysis)
-    return analyses

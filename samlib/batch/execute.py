@@ -1,15 +1,16 @@
 """The task that Dask's workers do: one notebook, executed by papermill."""
 
+import io
 import logging
 import platform
 import sys
-import time
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import nbformat
 import papermill
+from nbclient.exceptions import CellExecutionError
 from papermill.iorw import papermill_io
 
 from samlib.batch import kernels
@@ -37,19 +38,17 @@ class Memory:
 papermill_io.register(Memory.scheme, Memory())
 
 
-class Told:
+class Errors(io.TextIOBase):
     """A notebook's stderr. The terminal is told what a run says of its folder: that it waits, sets a state aside."""
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
 
-    def write(self, text: str) -> None:
+    def write(self, text: str) -> int:
         for line in text.splitlines():
             if self.folder in line:
                 tell(line[line.index(self.folder) :])
-
-    def flush(self) -> None:
-        pass
+        return len(text)
 
 
 def tell(text: str) -> None:
@@ -66,7 +65,7 @@ def failed_notebook(output: Path) -> Path:
     return output.with_name(f"{output.stem}.failed.ipynb")
 
 
-def execute(notebook: str, output: str, parameters: dict[str, Any], folder: str, batch: str = "") -> str | None:
+def execute(notebook: str, output: str, parameters: dict[str, Any], folder: str, batch: str = "alone") -> str | None:
     """Executes a notebook, in `folder`; returns its error's last line, or None.
 
     A notebook whose kernel dies is executed again, three times at most. The output appears whole or not at all; that of
@@ -80,6 +79,8 @@ def execute(notebook: str, output: str, parameters: dict[str, Any], folder: str,
             return _execute(notebook, final, parameters, folder, batch)
         except RuntimeError:  # DeadKernelError, or what else is said of a kernel that is dead before it answers
             tell(f"{final.parent.name}: the kernel of {final.name} died (attempt {attempt} of {ATTEMPTS})")
+        except CellExecutionError as error:
+            return f"its kernel cannot be prepared ({error.ename}: {error.evalue})"
         except (UserError, InterruptedError) as error:
             return str(error)
         except OSError as error:
@@ -91,38 +92,28 @@ def _execute(notebook: str, final: Path, parameters: dict[str, Any], folder: str
     failed, error = failed_notebook(final), None
     source = notebook.replace("{", "{{").replace("}", "}}")  # papermill formats paths
     held = f"{Memory.scheme}{uuid4()}.ipynb"
-    figures = Path(folder, parameters.get("figures", ""), final.parent.name)
-    begin = time.time() - 1.0  # file systems round times
     final.parent.mkdir(parents=True, exist_ok=True)
     try:
         with kernels.borrowed(folder, batch) as manager:
-            said = Told(f"{parameters.get('root', '')}/{final.parent.name}")
+            errors = Errors(f"{parameters.get('root', '')}/{final.parent.name}")
             quiet = {"progress_bar": False, "log_output": False, "request_save_on_cell_execute": False}
-            options = {"start_timeout": kernels.START, "stderr_file": said, "km": manager}
+            options = {"start_timeout": kernels.START, "stderr_file": errors, "km": manager}
             papermill.execute_notebook(source, held, parameters, **quiet, **options)
     except papermill.PapermillExecutionError as raised:
         last = (str(raised.evalue).strip().splitlines() or [""])[-1][:1000]
         error = last if raised.ename == "UserError" else f"{raised.ename}: {last}"
     executed = nbformat.reads(Memory.texts.pop(held), as_version=4)
     about = executed.metadata.papermill
-    about.input_path, about.output_path = (_below(path, folder) for path in (notebook, final))
+    about.input_path, about.output_path = Path(notebook).name, final.name  # no path of this machine
     if "figures" in parameters:
-        drawn = [p.name for p in figures.glob(f"{final.stem[:2]}_*") if p.stat().st_mtime >= begin]
-        executed.metadata["figures"] = sorted(drawn)
+        drawn = Path(folder, parameters["figures"], final.parent.name).glob(f"{final.stem[:2]}_*")
+        executed.metadata["figures"] = sorted(path.name for path in drawn)
     write_atomic(final if error is None else failed, nbformat.writes(executed).encode())
     if error is None:
         failed.unlink(missing_ok=True)
     return error
 
 
-def _below(path: str | Path, folder: str) -> str:
-    path = Path(path)
-    return str(path.relative_to(folder)) if path.is_relative_to(folder) else path.name
-
-
-def sees(path: str, text: str) -> bool:
-    """Whether this worker reads that text in that file: it shares the folder with who wrote it."""
-    try:
-        return Path(path).read_text() == text
-    except OSError:
-        return False
+def sees(path: str) -> bool:
+    """Whether this worker sees a file that was written just now: it shares the folder with who wrote it."""
+    return Path(path).exists()
