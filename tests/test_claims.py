@@ -76,7 +76,7 @@ def test_several_findings_are_shown_as_their_range_and_counts():
         Finding("", Estimate(v, v - 0.01, v + 0.01, 3, "points", True), w)
         for v, w in ((0.02, "holds"), (0, "undecided"))
     ]
-    assert in_short(found) == "+0.0 ± 1.0 points to +2.0 ± 1.0 points; 2 comparisons: 1 hold, 1 undecided"
+    assert in_short(found) == "+0.0 ± 1.0 points to +2.0 ± 1.0 points; 2 comparisons: 1 holds, 1 undecided"
 
 
 def test_every_claim_of_the_project_has_a_quote_and_a_rule_or_a_reason(results):

@@ -10,8 +10,8 @@ import pytest
 from fake_runs import write_run, write_study
 from scipy import stats
 
-from samlib.analysis import claims_regimes, figures_regimes, regimes
-from samlib.analysis.claim import ledger
+from samlib.analysis import figures_regimes, regimes
+from samlib.analysis.claim import claims, ledger
 from samlib.analysis.figures import faults
 from samlib.analysis.results import NotMeasured, load
 from samlib.study import Study
@@ -133,7 +133,7 @@ def test_sharpness_is_of_the_labels_trained_on_and_of_one_radius_for_all(results
 
 
 def test_the_gap_correlates_within_regimes_as_a_loop_over_seeds_says(results):
-    within = regimes.gap_correlations(results)["within regimes"]["random, raw logits"]
+    within = regimes.gap_correlations(results)["within regimes"]["random directions"]
     found = []
     for seed in SEEDS:
         x, y = [], []
@@ -189,8 +189,8 @@ def test_the_claims_say_what_the_made_up_numbers_mean(results):
     assert said.sam_ends_flatter == "holds" and said.gain_grows_with_noise == "undecided"
     assert said.sam_beats_sgd_in_most_regimes == "undecided"  # four of four are not six of six
     assert said.sam_loses_at_ten_percent_clean == said.hours_on_an_a100 == "not measured"
-    clean = [f for f in claims_regimes.sam_beats_sgd_on_all_clean_data(results)]
-    assert [f.verdict for f in clean] == ["holds"] and str(clean[0].measured) == "+0.5 ± 0.1 points (n=3)"
+    (clean,) = [c for c in claims("05_data_regimes") if c.name == "sam_beats_sgd_on_all_clean_data"]
+    assert [(f.verdict, str(f.measured)) for f in clean.findings(results)] == [("holds", "+0.5 ± 0.1 points (n=3)")]
 
 
 FIGURES = [figures_regimes.curves, figures_regimes.heatmap, figures_regimes.rivals, figures_regimes.sharpness,

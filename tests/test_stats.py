@@ -10,11 +10,9 @@ from samlib.analysis.stats import (
     correlation,
     correlation_over_seeds,
     decide,
-    epoch_reaching,
     expected_by_chance,
     lift,
     mean_interval,
-    proportion,
     sign_count,
 )
 
@@ -82,18 +80,21 @@ def test_a_verdict_is_where_the_whole_interval_lies():
         decide(high, above=0, below=3)
 
 
-def test_a_proportion_has_the_exact_binomial_interval():
+def signs(above: int, below: int) -> Estimate:
+    return sign_count([Estimate(1.0)] * above + [Estimate(-1.0)] * below + [Estimate(0.0), Estimate()])
+
+
+def test_a_sign_count_has_the_exact_binomial_interval():
     for k in (0, 3, 10):
-        reference = stats.binomtest(k, 10).proportion_ci(0.95, method="exact")
-        e = proportion(k, 10)
+        reference, e = stats.binomtest(k, 10).proportion_ci(0.95, method="exact"), signs(k, 10 - k)
         assert (e.value, e.low, e.high) == pytest.approx((k / 10, reference.low, reference.high))
-    assert decide(proportion(0, 0), above=0.5) == "not measured"
+    assert decide(signs(0, 0), above=0.5) == "not measured"
 
 
 def test_a_sign_count_decides_as_the_sign_test_does():
     for n in range(3, 12):
         for k in range(n + 1):
-            e = sign_count([Estimate(1.0)] * k + [Estimate(-1.0)] * (n - k) + [Estimate(0.0), Estimate()])
+            e = signs(k, n - k)
             assert (e.n, e.left_out) == (n, 2)
             assert e.excludes(0.5) == (stats.binomtest(k, n).pvalue < 0.05), (k, n)
 
@@ -151,13 +152,14 @@ def test_a_correlation_that_one_rho_carries_does_not_hold():
     assert decide(correlation_over_seeds(frame, "x", "y"), below=0) == "undecided"
 
 
+def test_fewer_than_four_rho_decide_nothing_and_the_estimate_says_so():
+    frame = over_rho({0.1: 0.1, 0.2: 0.2, 0.4: 0.4})
+    few = correlation_over_seeds(frame, "x", "y")
+    assert math.isnan(few.half) and str(few).endswith("(n=4, too few ρ)") and decide(few, above=0) == "undecided"
+    assert decide(correlation_over_seeds(frame, "x", "y", over=None), above=0) == "holds"
+
+
 def test_lift_is_how_many_times_chance():
     assert lift(15, 30 * 50 / 200) == pytest.approx(2)
     assert math.isnan(lift(0, 0))
     assert lift(np.array([15, 0]), np.array([7.5, 0])) == pytest.approx([2, np.nan], nan_ok=True)
-
-
-def test_epoch_reaching_is_the_first_epoch_at_the_share_of_the_final_accuracy():
-    assert epoch_reaching([1, 2, 4, 8], [0.2, 0.73, 0.6, 0.8]) == 2
-    assert epoch_reaching([1, 2, 4, 8], [0.2, 0.73, 0.6, 0.8], share=0.95) == 8
-    assert math.isnan(epoch_reaching([1, 2], [0.2, np.nan]))

@@ -11,7 +11,7 @@ import pandas as pd
 
 import samlib.analysis
 from samlib import PROJECT
-from samlib.analysis.results import PUBLISHED, NotMeasured, Results, load
+from samlib.analysis.results import PUBLISHED, NotMeasured, Results, load, plural
 from samlib.analysis.stats import CONTRADICTED, HOLDS, NOT_MEASURED, UNDECIDED, Estimate
 
 DOCUMENTS = {
@@ -19,6 +19,8 @@ DOCUMENTS = {
     "geometry": ("Geometry SAM", "https://github.com/lhchau/geometry-sam"),
     "noise": ("SANER", "https://arxiv.org/abs/2411.17132"),
 }
+ASKED = "asked here"  # the document of a claim that none of them makes
+PARAPHRASE = "in our words)"  # ends a claim that is told and not quoted
 
 
 @dataclass(frozen=True)
@@ -37,55 +39,52 @@ class Claim:
     subject: str  # of DOCUMENTS
     quote: str
     rule: str
-    notebook: str | None
+    notebook: str
     document: str
-    documented: str | None  # the document's number
+    documented: str  # the document's number
     function: Callable[[Results], Iterable[Finding]] | None
     reason: str  # why it cannot be measured here, where it cannot
 
-    def findings(self, results: Results) -> list[Finding]:
-        """At least one; "not measured" with the reason where the results lack what the claim is about."""
-        if self.function is None:
-            return [Finding("", "", NOT_MEASURED, self.reason)]
-        try:
-            found = list(self.function(results))
-        except NotMeasured as error:
-            return [Finding("", "", NOT_MEASURED, str(error))]
-        return found or [Finding("", "", NOT_MEASURED, f"no runs of {results.study.title!r} are of this kind")]
+    @property
+    def words(self) -> str:
+        """The claim as it is shown: between quotation marks where these are the document's own words."""
+        told = self.document == ASKED or PARAPHRASE in self.quote
+        return self.quote if told else f"“{self.quote}”"
+
+    def findings(self, *studies: Results) -> list[Finding]:
+        """Of all studies together, at least one: "not measured" with the reason where they lack what it is about."""
+        found = []
+        for results in studies if self.function else ():
+            try:
+                found += self.function(results)
+            except NotMeasured as error:
+                found.append(Finding("", "", NOT_MEASURED, str(error)))
+        reason = self.reason or f"no runs of {' or '.join(repr(r.study.title) for r in studies)} are of this kind"
+        return [f for f in found if f.verdict != NOT_MEASURED] or found[:1] or [Finding("", "", NOT_MEASURED, reason)]
 
 
 _registry: dict[str, Claim] = {}
 
 
 def claim(
-    subject: str, *, quote: str, rule: str = "", notebook: str | None = None, document: str | None = None,
-    documented: str | None = None, not_measured: str | None = None, name: str = "",
+    subject: str, *, quote: str, rule: str = "", notebook: str = "", document: str = "", documented: str = "",
+    not_measured: str = "", name: str = "",
 ) -> Callable:  # fmt: skip
     """Registers a function of Results that returns findings as the claim of that name.
 
-    `not_measured`: the reason why this one cannot be measured here; then it has no function, and `name` names it.
+    quote: the document's words, or others that end in PARAPHRASE. not_measured: the reason why it cannot be measured
+    here; then it has no function, and `name` names it. Raises ValueError where there is another claim of that name.
     """
 
     def register(function: Callable | None) -> Callable | None:
         key = name or function.__name__
-        if key in _registry and (function is None or _registry[key].function.__module__ != function.__module__):
+        if key in _registry:
             raise ValueError(f"there are two claims {key!r}")
-        _registry[key] = Claim(
-            key,
-            subject,
-            quote,
-            rule,
-            notebook,
-            document or DOCUMENTS[subject][0],
-            documented,
-            function,
-            not_measured or "",
-        )
+        source = document or DOCUMENTS[subject][0]
+        _registry[key] = Claim(key, subject, quote, rule, notebook, source, documented, function, not_measured)
         return function
 
-    if not_measured:
-        register(None)
-    return register
+    return register(None) if not_measured else register
 
 
 def claims(notebook: str | None = None, subject: str | None = None) -> list[Claim]:
@@ -109,14 +108,14 @@ def overall(findings: Iterable[Finding]) -> str:
 
 def in_short(findings: list[Finding]) -> str:
     """What was measured, of one finding as it stands, of several their range and how many have which verdict."""
-    measured = [f for f in findings if f.verdict != NOT_MEASURED]
-    if len(measured) < 2:
-        return str(measured[0].measured) if measured else next((f.note for f in findings if f.note), "")
-    words = {HOLDS: "hold", CONTRADICTED: "contradicted", UNDECIDED: "undecided"}
-    counts = [f"{sum(f.verdict == v for f in measured)} {word}" for v, word in words.items()]
-    text = f"{len(measured)} comparisons: {', '.join(c for c in counts if c[0] != '0')}"
-    found = [f.measured for f in measured if isinstance(f.measured, Estimate)]
-    if len(found) < len(measured) or len({(e.unit, e.signed) for e in found}) > 1:
+    if len(findings) < 2:
+        return "".join(str(f.measured) or f.note for f in findings)
+    verdicts = [f.verdict for f in findings]
+    counts = {v: verdicts.count(v) for v in (HOLDS, CONTRADICTED, UNDECIDED)}
+    words = [f"{n} {'hold' if v == HOLDS and n > 1 else v}" for v, n in counts.items() if n]
+    text = f"{plural(len(findings), 'comparison')}: {', '.join(words)}"
+    found = [f.measured for f in findings if isinstance(f.measured, Estimate)]
+    if len(found) < len(findings) or len({(e.unit, e.signed) for e in found}) > 1:
         return text
     least, most = (pick(found, key=lambda e: e.value) for pick in (min, max))
     return f"{least.format(n=False)} to {most.format(n=False)}; {text}"
@@ -124,14 +123,8 @@ def in_short(findings: list[Finding]) -> str:
 
 def counted(findings: Iterable[Finding]) -> str:
     """The n of the estimates: one number, or the least and the most."""
-    sizes = sorted({f.measured.n for f in findings if isinstance(f.measured, Estimate) and f.measured.n})
-    return "" if not sizes else f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
-
-
-def measured(item: Claim, results: Iterable[Results]) -> list[Finding]:
-    """The findings of several studies together; those that are not measured only where none is."""
-    found = [finding for part in results for finding in item.findings(part)]
-    return [f for f in found if f.verdict != NOT_MEASURED] or found[:1]
+    sizes = {f.measured.n for f in findings if isinstance(f.measured, Estimate)} - {0}
+    return " to ".join(str(n) for n in sorted({min(sizes), max(sizes)})) if sizes else ""
 
 
 def ledger(
@@ -142,22 +135,16 @@ def ledger(
 
     results: of one study, or of several, whose findings count together. Indexed by the claim's name.
     """
-    results, rows = [results] if isinstance(results, Results) else list(results), []
+    studies, rows = [results] if isinstance(results, Results) else list(results), []
     whole = notebook is not None and not brief
     for item in claims(notebook, subject):
-        found = measured(item, results) if len(results) > 1 else item.findings(results[0])
-        head = {"name": item.name, "document": item.document, "claim": item.quote}
-        head |= {"documented": item.documented or "", "rule": item.rule}
+        found, head = item.findings(*studies), [item.name, item.document, item.words, item.documented, item.rule]
         if whole:
-            rows += [
-                head | {"comparison": f.comparison, "measured": str(f.measured), "verdict": f.verdict, "note": f.note}
-                for f in found
-            ]
+            rows += [[*head, f.comparison, str(f.measured), f.verdict, f.note] for f in found]
         else:
-            row = {"measured": in_short(found), "n": counted(found), "verdict": overall(found)}
-            rows.append(head | row | {"notebook": item.notebook or ""})
-    extra = ("comparison", "measured", "verdict", "note") if whole else ("measured", "n", "verdict", "notebook")
-    return pd.DataFrame(rows, columns=["name", "document", "claim", "documented", "rule", *extra]).set_index("name")
+            rows.append([*head, in_short(found), counted(found), overall(found), item.notebook])
+    rest = ("comparison", "measured", "verdict", "note") if whole else ("measured", "n", "verdict", "notebook")
+    return pd.DataFrame(rows, columns=["name", "document", "claim", "documented", "rule", *rest]).set_index("name")
 
 
 def columns(studies: Mapping[str, Results | str], root: str | Path = PUBLISHED) -> dict[str, list[Results]]:
@@ -173,6 +160,10 @@ def columns(studies: Mapping[str, Results | str], root: str | Path = PUBLISHED) 
 
 def read_from(found: Mapping[str, list[Results]]) -> pd.DataFrame:
     """What each column stands on: a row a study, its data, and how many of its runs are finished."""
-    rows = [(name, r.study.title, r.study.dataset, f"{len(r.runs())} of {len(r.ids())}", len(r.diverged))
-            for name, parts in found.items() for r in parts]  # fmt: skip
+    rows = []
+    for name, parts in found.items():
+        for results in parts:
+            status = results.planned().status
+            finished = f"{(status != 'missing').sum()} of {len(status)}"
+            rows.append((name, results.study.title, results.study.dataset, finished, (status == "diverged").sum()))
     return pd.DataFrame(rows, columns=["column", "study", "data", "runs", "diverged"])

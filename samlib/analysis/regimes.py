@@ -4,7 +4,7 @@ They read a study's grids by name: `regimes`, `twice` (SGD, twice the epochs), `
 Where `regimes` has a mix at several ρ, each regime's is the one that is best on its held-out training images.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pandas as pd
@@ -13,17 +13,18 @@ from samlib.analysis.results import (
     REGIME,
     NotMeasured,
     Results,
+    at_chosen_rho,
     chosen_rho,
     estimates,
     in_order,
     mix_name,
     mix_order,
+    once,
     pairs,
     trainings,
 )
 from samlib.analysis.stats import Estimate, correlation_over_seeds, expected_by_chance, sign_count
 
-SHARPNESS = ["measure", "labels", "logits", "setting"]
 VALUES = ("test_accuracy", "eval_train_accuracy", "memorized", "memorized_chance", "corrected")
 
 
@@ -35,22 +36,18 @@ def grid(results: Results, *names: str) -> str:
     raise NotMeasured(f"{results.study.title!r} has no finished runs of a grid {' or '.join(map(repr, names))}")
 
 
+@once
 def chosen(results: Results, name: str = "regimes") -> pd.DataFrame:
     """The planned runs of a grid: SGD's, and of each other mix those of its chosen ρ in their regime."""
-    runs = trainings(results.planned(grid(results, name)))
-    best = {mix: chosen_rho(runs, mix, REGIME) for mix in set(runs.mix) - {"sgd"}}
-    keep = [r.mix == "sgd" or best[r.mix].get((r.data_fraction, r.noise_fraction)) == r.rho for r in runs.itertuples()]
-    return runs[keep]
+    return at_chosen_rho(trainings(results.planned(grid(results, name))))
 
 
-def mixes(runs: pd.DataFrame) -> list[str]:
-    """All but SGD, in order."""
-    return [mix for mix in in_order(runs.mix) if mix != "sgd"]
-
-
-def gains(runs: pd.DataFrame, value: str = "test_accuracy", by: tuple = REGIME, **options: tuple) -> pd.DataFrame:
-    """Each mix minus SGD, paired by seed: a row a regime, a column a mix."""
-    found = {mix: estimates(pairs(runs, mix, "sgd", value, **options), "difference", by) for mix in mixes(runs)}
+def gains(
+    runs: pd.DataFrame, value: str = "test_accuracy", by: Sequence[str] = REGIME, **options: Sequence[str]
+) -> pd.DataFrame:
+    """Each mix minus SGD, paired by seed: a row a regime, a column a mix. options: of `pairs`."""
+    mixes = [mix for mix in in_order(runs.mix) if mix != "sgd"]
+    found = {mix: estimates(pairs(runs, mix, "sgd", value, **options), "difference", by) for mix in mixes}
     return pd.DataFrame({f"{mix_name(mix)} − SGD": of_mix for mix, of_mix in found.items() if len(of_mix)})
 
 
@@ -58,17 +55,9 @@ def accuracy(results: Results) -> pd.DataFrame:
     """Final numbers of each mix in each regime; of several ρ, the chosen one."""
     runs = chosen(results)
     runs = runs.assign(rho=runs.rho.mask(runs.mix == "sgd"))
-    values = [value for value in VALUES if runs[value].notna().any()]
-    there = {value: runs[runs.noise_fraction > 0] if value in VALUES[2:] else runs for value in values}
-    table = pd.DataFrame({value: estimates(there[value], value, (*REGIME, "mix", "rho")) for value in values})
+    there = {v: runs[runs.noise_fraction > 0] if v in VALUES[2:] else runs for v in VALUES if runs[v].notna().any()}
+    table = pd.DataFrame({v: estimates(rows, v, (*REGIME, "mix", "rho")) for v, rows in there.items()})
     return table.loc[sorted(table.index, key=lambda key: (*key[:2], mix_order(key[2])))]
-
-
-def differences(results: Results) -> pd.DataFrame:
-    """Each mix minus SGD at the end of training, and what the runs have memorized less."""
-    runs = chosen(results)
-    memorized = gains(runs[runs.noise_fraction > 0], "memorized").add_suffix(", memorized")
-    return gains(runs).join(memorized)
 
 
 def tally(results: Results) -> pd.DataFrame:
@@ -95,6 +84,7 @@ def interaction(results: Results, over: str, mix: str = "sam") -> pd.Series:
     return estimates(rest.assign(difference=rest.difference - plain), "difference", REGIME)
 
 
+@once
 def rivals(results: Results) -> pd.DataFrame:
     """Each mix's gain beside what cheaper means give SGD: stopping where it is best on held-out images, or twice the
     epochs, which is as many gradient evaluations."""
@@ -111,41 +101,43 @@ def rivals(results: Results) -> pd.DataFrame:
     return table.rename_axis([*REGIME, "difference"]).map(lambda e: e if isinstance(e, Estimate) else Estimate())
 
 
+@once
 def sharpness(results: Results) -> pd.DataFrame:
-    """The chosen runs' sharpness on the labels trained on, a row a run and measure: `kind`, `value`, `gap`; ascent
-    sharpness at the radius that all runs share."""
-    rows = results.last("sharpness", grid(results, "regimes"))
-    rows = rows[rows.index.isin(chosen(results).index) & (rows.labels == "trained") & (rows.status == "done")]
-    shared = rows.probe_rho.astype(float).fillna(rows.rho)
-    rows = rows[(rows.measure != "ascent") | (rows.setting == shared)]
-    return rows.assign(kind=rows.measure + ", " + rows.logits + " logits")
+    """Results.sharpness of the chosen runs that did not diverge: a row a run and kind."""
+    rows = results.sharpness(grid(results, "regimes"))
+    return rows[rows.index.isin(chosen(results).index) & (rows.status == "done")]
 
 
+@once
 def sharpness_differences(results: Results) -> pd.DataFrame:
-    """Each mix's sharpness minus SGD's: a row a measure and regime; below zero is flatter."""
-    return gains(sharpness(results), "value", ("kind", *REGIME), also=tuple(SHARPNESS))
+    """Each mix's sharpness minus SGD's, in nats: a row a kind and regime; below zero is flatter."""
+    return gains(sharpness(results), "value", ("kind", *REGIME), also=("kind", "setting"))
 
 
+@once
 def gap_correlations(results: Results) -> pd.DataFrame:
     """Correlation of each sharpness with the generalization gap: over a seed's runs, and less the means of each regime;
     the intervals hold those with any one regime left out. n: seeds."""
     rows = sharpness(results)
     rows = rows.assign(regime=[*zip(rows.data_fraction, rows.noise_fraction, strict=True)])
     means = rows.groupby(["kind", "seed", "regime"])[["value", "gap"]].transform("mean")
-    found = {}
-    for kind, part in rows.groupby("kind"):
-        within = part.assign(**(part[["value", "gap"]] - means[rows.kind == kind]))
-        both = {"over all regimes": part, "within regimes": within}
-        found[kind] = {name: correlation_over_seeds(p, "value", "gap", over="regime") for name, p in both.items()}
-    return pd.DataFrame.from_dict(found, orient="index").rename_axis("sharpness")
+    frames = {"over all regimes": rows, "within regimes": rows.assign(**(rows[["value", "gap"]] - means))}
+    found = {
+        name: {
+            kind: correlation_over_seeds(part, "value", "gap", over="regime") for kind, part in frame.groupby("kind")
+        }
+        for name, frame in frames.items()
+    }
+    return pd.DataFrame(found).rename_axis("sharpness")
 
 
 def sweep(results: Results) -> pd.DataFrame:
     """Each mix over ρ: held-out accuracy, by which one is chosen, test accuracy and memorized flips."""
     runs = trainings(results.planned(grid(results, "sweep", "rho")))
-    runs, best = runs[runs.mix != "sgd"], {mix: chosen_rho(runs, mix).get("") for mix in mixes(runs)}
+    runs = runs[runs.mix != "sgd"]
     values = [v for v in ("validation_accuracy", "test_accuracy", "memorized") if runs[v].notna().any()]
     table = pd.DataFrame({v: estimates(runs, v, ("mix", "rho")) for v in values})
+    best = {mix: chosen_rho(runs, mix).get("") for mix in set(runs.mix)}
     return table.assign(chosen=["✔" if best[mix] == rho else "" for mix, rho in table.index])
 
 
@@ -154,42 +146,39 @@ def augmentation(results: Results) -> pd.DataFrame:
     runs = pd.concat([chosen(results, "augmented"), chosen(results)])
     shared = runs.groupby(list(REGIME)).augment.transform("nunique") > 1
     runs = runs[shared].assign(augment=runs.augment.map({True: "with", False: "without"}))
-    by = (*REGIME, "augment")
-    means = {(mix_name(mix), v): estimates(runs[runs.mix == mix], v, by)
-             for mix in in_order(runs.mix) for v in ("test_accuracy", "eval_train_accuracy")}  # fmt: skip
-    columns = {(name, "test_accuracy"): column for name, column in gains(runs, by=by).items()}
-    return pd.DataFrame(means | columns)
+    by, table = (*REGIME, "augment"), {}
+    for mix in in_order(runs.mix):
+        table |= {(mix_name(mix), v): estimates(runs[runs.mix == mix], v, by) for v in VALUES[:2]}
+    return pd.DataFrame(table | {(name, VALUES[0]): column for name, column in gains(runs, by=by).items()})
 
 
+@once
 def batches(results: Results) -> pd.DataFrame:
     """The planned runs of the grid `batch`, with means over training of each: `loss`, the training loss over the
-    evaluations, and `norm`, the gradient's norm over the probes."""
+    evaluations, and `norm`, the gradient's norm over the probes; NaN where a run diverged."""
     name = grid(results, "batch")
     runs = trainings(results.planned(name))
-    loss = results.table("metrics", name).groupby("run").eval_train_loss.mean()
-    probes = results.table("probes", name)
-    norm = probes[probes.rho == probes.rho_run].groupby("run").grad_norm.mean()
-    ended = runs.status == "done"
-    return runs.assign(loss=loss.where(ended), norm=norm.where(ended))
+    probes = results.table("probes", name).query("rho == rho_run")
+    means = {"loss": results.table("metrics", name).groupby("run").eval_train_loss.mean()}
+    means |= {"norm": probes.groupby("run").grad_norm.mean()}
+    return runs.join(pd.DataFrame(means)[lambda of: runs.status.reindex(of.index) == "done"])
 
 
 def batch_means(results: Results) -> pd.DataFrame:
     """What each setting of batch size and rate ends with, and its means over training."""
-    runs = batches(results).sort_values(["batch_size", "lr"])
-    values = ("test_accuracy", "eval_train_accuracy", "mean training loss", "mean gradient norm")
-    runs = runs.rename(columns={"loss": values[2], "norm": values[3]})
-    return pd.DataFrame({value: estimates(runs, value, ("batch_size", "lr")) for value in values})
+    names = {"loss": "mean training loss", "norm": "mean gradient norm"}
+    values = (*VALUES[:2], *names)
+    found = {names.get(v, v): estimates(batches(results), v, ("batch_size", "lr")) for v in values}
+    return pd.DataFrame(found)
 
 
-def batch_differences(results: Results, value: str) -> Iterator[tuple]:
+def batch_differences(results: Results, value: str) -> Iterator[tuple[str, Estimate, str]]:
     """(comparison, Estimate, kind): each larger batch minus the smallest at its rate ("larger"), and each larger batch
     at a higher rate minus itself at the smallest batch's ("faster")."""
     runs = batches(results)
-    settings = sorted({*zip(runs.batch_size, runs.lr, strict=True)})
-    (small, rate), *others = settings
+    (small, rate), *others = sorted({*zip(runs.batch_size, runs.lr, strict=True)})
     for size, lr in others:
         base, kind = ((small, rate), "larger") if lr == rate else ((size, rate), "faster")
         a, b = ({"batch_size": s, "lr": r} for s, r in ((size, lr), base))
-        found = estimates(pairs(runs, a, b, value), "difference", ("batch_size",))
-        for estimate in found if size > small else ():
+        for estimate in estimates(pairs(runs, a, b, value), "difference", ("batch_size",)) if size > small else ():
             yield f"batch {size}, rate {lr:g}, minus batch {base[0]}, rate {base[1]:g}", estimate, kind

@@ -13,6 +13,7 @@ from scipy import stats
 
 VERDICTS = HOLDS, CONTRADICTED, UNDECIDED, NOT_MEASURED = "holds", "contradicted", "undecided", "not measured"
 LEVEL = 0.95
+UPPER = (1 + LEVEL) / 2  # the quantile of a two-sided interval's upper end
 LEAST = 3  # runs or pairs that a verdict needs
 MARGIN = 0.01  # "no worse than", "about equal" of accuracies: one point, where a claim's rule names no other
 
@@ -32,6 +33,7 @@ class Estimate:
     unit: str = ""
     signed: bool = False  # shown with its sign: differences and correlations
     left_out: int = 0  # runs or pairs that diverged or lack their partner
+    note: str = ""  # why there is no interval, where it is not n
 
     @property
     def half(self) -> float:
@@ -57,29 +59,25 @@ class Estimate:
         and three significant ones otherwise. n: whether it is shown."""
         if np.isnan(self.value):
             return "–" if not self.left_out else f"– ({self.left_out} left out)"
-        share = self.unit in ("%", "points", "of")
-        scale = 100 if share else 1
-        sizes = [scale * abs(x) for x in (self.value, self.half) if x and np.isfinite(x)]
-        if digits is None and share:
-            narrow = np.isfinite(self.half) and 0 < scale * self.half < 0.05
-            digits = 2 if narrow else 1
+        scale = 100 if self.unit in ("%", "points", "of") else 1
+        if digits is None and scale == 100:
+            digits = 2 if 0 < scale * self.half < 0.05 else 1
         elif digits is None:
-            digits = int(np.clip(2 - np.floor(np.log10(max(sizes, default=1))), 0, 6))
+            size = max((abs(x) for x in (self.value, self.half) if x and np.isfinite(x)), default=1)
+            digits = int(np.clip(2 - np.floor(np.log10(size)), 0, 6))
 
-        def shown(x: float, sign: str = "") -> str:
+        def shown(x: float, sign: str = "+" if self.signed else "") -> str:
             return f"{scale * x:{sign}.{digits}f}".replace("-", "−")
 
-        sign, even = "+" if self.signed else "", abs(self.high + self.low - 2 * self.value) < 1e-9
-        notes = [f"n={self.n}"] * n + [f"{self.left_out} left out"] * (n and self.left_out > 0)
-        unit = f" {self.unit}" if self.unit else ""
+        even = self.unit != "of" and abs(self.high + self.low - 2 * self.value) < 1e-9
+        unit = {"": "", "of": " %"}.get(self.unit, f" {self.unit}")
+        notes = [f"{shown(self.low)} to {shown(self.high)}{unit}"] * (not even and not np.isnan(self.half))
+        notes += [f"n={self.n}"] * (n and self.unit != "of") + [f"{self.left_out} left out"] * (n and self.left_out > 0)
+        notes += [self.note] * bool(n and self.note)
+        text = shown(self.value) + f" ± {shown(self.half, '')}" * even + unit
         if self.unit == "of":
-            count, unit, notes = f"{self.value * self.n:.0f} of {self.n}", " %", notes[1:]
-            sign, even = "", False
-        else:
-            count = shown(self.value, sign) + (f" ± {shown(self.half)}" if even else "") + unit
-        if not even and not np.isnan(self.half):
-            notes.insert(0, f"{shown(self.low, sign)} to {shown(self.high, sign)}" + unit * (self.unit != ""))
-        return f"{count} ({', '.join(notes)})" if notes else count
+            text = f"{self.value * self.n:.0f} of {self.n}"
+        return f"{text} ({', '.join(notes)})" if notes else text
 
 
 def mean_interval(values: Iterable[float], resolution: float = 0.0, unit: str = "", signed: bool = False) -> Estimate:
@@ -94,28 +92,24 @@ def mean_interval(values: Iterable[float], resolution: float = 0.0, unit: str = 
         return Estimate(unit=unit, signed=signed, left_out=left_out)
     mean, half = float(x.mean()), np.nan
     if len(x) > 1:
-        half = max(float(stats.t.ppf((1 + LEVEL) / 2, len(x) - 1) * x.std(ddof=1) / len(x) ** 0.5), resolution)
+        half = max(float(stats.t.ppf(UPPER, len(x) - 1) * x.std(ddof=1) / len(x) ** 0.5), resolution)
     return Estimate(mean, mean - half, mean + half, len(x), unit, signed, left_out)
 
 
-def proportion(count: int, n: int) -> Estimate:
-    """count of n, with the exact binomial interval (Clopper and Pearson, 1934); shown as "6 of 8"."""
-    if not n:
-        return Estimate(unit="of")
-    tail = (1 - LEVEL) / 2
-    low = stats.beta.ppf(tail, count, n - count + 1) if count else 0.0
-    high = stats.beta.ppf(1 - tail, count + 1, n - count) if count < n else 1.0
-    return Estimate(count / n, float(low), float(high), n, "of")
-
-
 def sign_count(differences: Iterable[Estimate]) -> Estimate:
-    """In how many regimes a difference is above zero; exact zeros and what is not measured are left out.
+    """In how many regimes a difference is above zero, with the exact binomial interval (Clopper and Pearson, 1934);
+    exact zeros and what is not measured are left out.
 
     Its interval excludes a half exactly where the two-sided sign test at 5 % rejects: from six of six on.
     """
     values = np.array([e.value for e in differences])
     above, below = int((values > 0).sum()), int((values < 0).sum())
-    return replace(proportion(above, above + below), left_out=len(values) - above - below)
+    n, left_out = above + below, len(values) - above - below
+    if not n:
+        return Estimate(unit="of", left_out=left_out)
+    low = stats.beta.ppf(1 - UPPER, above, below + 1) if above else 0.0
+    high = stats.beta.ppf(UPPER, above + 1, below) if below else 1.0
+    return Estimate(above / n, float(low), float(high), n, "of", left_out=left_out)
 
 
 def decide(
@@ -124,23 +118,20 @@ def decide(
     above: float | None = None,
     below: float | None = None,
     within: float | tuple[float, float] | None = None,
-    least: int = LEAST,
 ) -> str:
     """The verdict on "it is above (below) this", or "within ± this", or "between these two", from the interval alone.
 
     It holds where the whole interval lies there, is contradicted where none of it does, and is undecided where the
-    interval holds both, or n is below `least`. "No worse than" is `above=-margin`. Give exactly one of the three.
+    interval holds both, or n is below LEAST. "No worse than" is `above=-margin`. Give exactly one of the three.
     """
     if sum(x is not None for x in (above, below, within)) != 1:
         raise ValueError("decide needs exactly one of above, below and within")
     if np.isnan(estimate.value):
         return NOT_MEASURED
-    low, high = -np.inf, np.inf
+    low, high = (-np.inf if above is None else above), (np.inf if below is None else below)
     if within is not None:
         low, high = within if isinstance(within, tuple) else (-within, within)
-    else:
-        low, high = (above, high) if above is not None else (low, below)
-    if estimate.n < least or np.isnan(estimate.half):
+    if estimate.n < LEAST or np.isnan(estimate.half):
         return UNDECIDED
     if low < estimate.low and estimate.high < high:
         return HOLDS
@@ -172,31 +163,34 @@ def correlation(x: Iterable[float], y: Iterable[float], method: str = "pearson")
     if n <= 3 or abs(r) > 1 - 1e-15:
         return Estimate(r, n=n, signed=True)
     variance = (1 + (method == "spearman") * r**2 / 2) / (n - 3)
-    z, half = np.arctanh(r), stats.norm.ppf((1 + LEVEL) / 2) * np.sqrt(variance)
+    z, half = np.arctanh(r), stats.norm.ppf(UPPER) * np.sqrt(variance)
     return Estimate(r, float(np.tanh(z - half)), float(np.tanh(z + half)), n, signed=True)
 
 
 def correlation_over_seeds(
-    frame: pd.DataFrame, x: str, y: str, seed: str = "seed", over: str | None = "rho", method: str = "pearson"
+    frame: pd.DataFrame, x: str, y: str, over: str | None = "rho", method: str = "pearson"
 ) -> Estimate:
-    """Each seed's correlation of x and y over its runs, and their mean with a t interval: n is the number of seeds.
+    """Each `seed`'s correlation of x and y over its runs, and their mean with a t interval: n is the number of seeds.
 
     over: the field that the runs of a seed differ in; the interval is widened until it holds those with any one of its
-    values left out, so that what one ρ carries is not shown. None: nothing is left out. Seeds where x or y is constant,
-    or that have fewer than three runs, are left out.
+    values left out, so that what one ρ carries is not shown. Where that leaves fewer than three runs a seed, as below
+    four ρ, there is no interval, and the note says "too few ρ". None: nothing is left out. Seeds where x or y is
+    constant, or that have fewer than three runs, are left out.
     """
 
     def by_seed(rows: pd.DataFrame) -> Estimate:
-        groups = [part for _, part in rows.dropna(subset=[x, y]).groupby(seed)]
+        groups = [part for _, part in rows.dropna(subset=[x, y]).groupby("seed")]
         values = [correlation(g[x], g[y], method).value if len(g) > 2 else np.nan for g in groups]
         found = mean_interval(values, signed=True)
         return replace(found, low=max(found.low, -1.0), high=min(found.high, 1.0)) if found.n > 1 else found
 
     whole = by_seed(frame)
-    if over is None or whole.n < 2:
+    if over is None or np.isnan(whole.value):
         return whole
     parts = [by_seed(frame[frame[over] != value]) for value in frame[over].unique()]
-    bounds = [e for e in (whole, *parts) if e.n > 1]
+    if any(np.isnan(e.value) for e in parts):
+        return replace(whole, low=np.nan, high=np.nan, note=f"too few {'ρ' if over == 'rho' else over + 's'}")
+    bounds = [e for e in (whole, *parts) if e.n > 1] or [whole]
     return replace(whole, low=min(e.low for e in bounds), high=max(e.high for e in bounds))
 
 
@@ -204,10 +198,3 @@ def lift(observed: float, chance: float) -> float:
     """How many times its chance level something is: 1 is chance. NaN where the chance level is 0. Arrays as well."""
     observed, expected = np.asarray(observed, dtype=float), np.asarray(chance, dtype=float)
     return np.divide(observed, expected, out=np.full_like(expected, np.nan), where=expected > 0)[()]
-
-
-def epoch_reaching(epochs: Iterable[float], accuracy: Iterable[float], share: float = 0.9) -> float:
-    """The first epoch whose accuracy is at least `share` of the last one's; NaN where the last one is NaN."""
-    epochs, accuracy = np.asarray(list(epochs)), np.asarray(list(accuracy), dtype=float)
-    reached = accuracy >= share * accuracy[-1]
-    return epochs[reached.argmax()].item() if reached.any() else np.nan
