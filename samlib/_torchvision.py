@@ -54,8 +54,8 @@ def stored_dataset(name: str, root: Path) -> Source:
     return Source(pixels(parts[0]), labels[0], pixels(parts[1]), labels[1], list(parts[0].classes))
 
 
-def decoded_folder(root: Path, size: int | None) -> tuple[Source, bool]:
-    """What torchvision's ImageFolder finds in root/train and root/test; and whether several sizes were resized to one.
+def decoded_folder(root: Path, size: int | None) -> Source:
+    """What torchvision's ImageFolder finds in root/train and root/test; images of several sizes are resized to one.
 
     As there: class folders in the order of their names, nested folders, file extensions. Images have one channel only
     if all of them are gray. Raises UserError that names the file or folder, and what to do.
@@ -84,7 +84,7 @@ def decoded_folder(root: Path, size: int | None) -> tuple[Source, bool]:
     rows = [np.asarray(p.convert(mode).resize(shape, Image.Resampling.BILINEAR)) for p in pictures]
     images = np.stack(rows).reshape(len(rows), *shape[::-1], -1).transpose(0, 3, 1, 2)  # (n, channels, height, width)
     images, test_images = np.split(np.ascontiguousarray(images), [len(files)])
-    return Source(images, labels, test_images, test_labels, classes), len(sizes) > 1
+    return Source(images, labels, test_images, test_labels, classes)
 
 
 def _picture(path: str) -> Image.Image:

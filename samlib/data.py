@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -72,23 +72,22 @@ def _image_folder(root: Path, size: int | None) -> Source:
         for name, *facts in _entries(root / part):
             listing.update(os.fsencode(os.path.relpath(name, root)) + f"\0{facts}\n".encode())
     key = listing.hexdigest()[:16]
-    caches = [root / f".samlib-{key}.npz", root / f".samlib-{key}-{size}.npz"]  # as they are, or resized
+    cache = root / f".samlib-{key}-{size}.npz"
     lock = FileLock(root / ".samlib.lock")
     with suppress(OSError):  # where nothing can be written, nothing is kept
         lock.acquire()
     try:
-        for cache in caches:
-            with suppress(Exception), np.load(cache) as arrays:  # not there, or damaged, which raises whatever it likes
-                return Source(**dict(arrays) | {"classes": arrays["classes"].tolist()})
+        with suppress(Exception), np.load(cache) as arrays:  # not there, or damaged, which raises whatever it likes
+            return Source(**dict(arrays) | {"classes": arrays["classes"].tolist()})
         from samlib._torchvision import decoded_folder  # a second of import, only where it is needed
 
-        source, resized = decoded_folder(root, size)
+        source = decoded_folder(root, size)
         archive = io.BytesIO()
         np.savez(archive, **vars(source))
         try:
             for stale in set(root.glob("*.samlib-*.npz*")) - set(root.glob(f".samlib-{key}*.npz")):
                 stale.unlink()  # with what a killed process left half-written
-            write_atomic(caches[resized], archive.getbuffer())
+            write_atomic(cache, archive.getbuffer())
         except (OSError, UserError) as error:
             warnings.warn(f"the decoded images are not kept, every run decodes them anew: {error}", stacklevel=2)
         return source
@@ -172,14 +171,8 @@ def resize(images: Tensor, size: int | None) -> Tensor:
     """uint8 images (n, channels, height, width) at size x size, antialiased; as they are where that is their size."""
     if size is None or tuple(images.shape[-2:]) == (size, size):
         return images
-    pieces = [
-        torch.nn.functional.interpolate(piece.float(), (size, size), mode="bilinear", antialias=True)
-        .round()
-        .clamp(0, 255)
-        .to(torch.uint8)
-        for piece in images.split(4096)
-    ]
-    return torch.cat(pieces)
+    scale = partial(torch.nn.functional.interpolate, size=(size, size), mode="bilinear", antialias=True)
+    return torch.cat([scale(part.float()).round().clamp(0, 255).to(torch.uint8) for part in images.split(4096)])
 
 
 @dataclass

@@ -43,10 +43,9 @@ class Moment:
     @cached_property
     def rows(self) -> Tensor:
         """The fixed sample's rows of the training set (samples,)."""
-        draw = generator("sample", self.config.subset_seed)
-        return torch.randperm(len(self.data.images), generator=draw)[: self.config.measure_samples].to(
-            self.data.images.device
-        )
+        images = self.data.images
+        order = torch.randperm(len(images), generator=generator("sample", self.config.subset_seed))
+        return order[: self.config.measure_samples].to(images.device)
 
     @cached_property
     def sample(self) -> tuple[Tensor, Tensor]:
@@ -86,12 +85,10 @@ def prediction(moment: Moment) -> Rows:
 
 
 def hessian(moment: Moment) -> Rows:
-    from samlib.sharpness import hessian_eigenvalues, hessian_rows, hessian_trace
+    from samlib.sharpness import hessian_rows
 
     with probes.full_precision():
-        values, residuals = hessian_eigenvalues(moment.model, *moment.sample, 2)
-        trace, error = hessian_trace(moment.model, *moment.sample, TRACE_SAMPLES, moment.config.subset_seed)
-    return hessian_rows(values, residuals, trace, error, TRACE_SAMPLES)
+        return hessian_rows(moment.model, *moment.sample, TRACE_SAMPLES, moment.config.subset_seed)
 
 
 def diagonal(moment: Moment) -> Rows:
@@ -156,13 +153,12 @@ class StepProbes:
         epoch, within = divmod(step, self.batches.steps)
         return self.batches.assemble(*self.batches.epoch(epoch)[within])
 
-    def tables(self, step: int, batch: Callable[[], tuple[Tensor, Tensor]], lr: float) -> Iterator[tuple[str, Rows]]:
-        """The rows of one step, by table; none where it is not to be probed."""
+    def tables(self, step: int, x: Tensor, y: Tensor, lr: float) -> Iterator[tuple[str, Rows]]:
+        """The rows of one step, by table, probed on its batch; none where it is not to be probed."""
         config, model = self.config, self.model
         if not config.probe_every or (step % config.probe_every and not self.persistence.wants(step)):
             return
         epoch, within = divmod(step, self.batches.steps)
-        x, y = batch()
         pairs = [probes.gradient_pair(model, x, y, rho) for rho in config.radii]
         for rho, pair in zip(config.radii, pairs, strict=True):
             row, layers = probes.probe_rows(pair, model)

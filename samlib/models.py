@@ -132,12 +132,12 @@ def weights_restored(params: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 @contextmanager
 def softplus_for_relu(model: nn.Module) -> Iterator[None]:
     """Inside, every ReLU is a softplus, which is like it but has no kink; the weights are the same."""
-    places = [(m, name) for m in model.modules() for name, child in m.named_children() if isinstance(child, nn.ReLU)]
-    before = [getattr(module, name) for module, name in places]
+    # Not named_children: it leaves out a second name of the same ReLU.
+    places = [(m, name, c) for m in model.modules() for name, c in m._modules.items() if isinstance(c, nn.ReLU)]
     try:
-        for module, name in places:
+        for module, name, _ in places:
             setattr(module, name, nn.Softplus())
         yield
     finally:
-        for (module, name), relu in zip(places, before, strict=True):
+        for module, name, relu in places:
             setattr(module, name, relu)

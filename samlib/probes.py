@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from samlib.models import frozen_statistics, layer_kinds, mode, softplus_for_relu, weights_restored
 from samlib.mix import checkpoint_codes
+from samlib.models import frozen_statistics, layer_kinds, mode, softplus_for_relu, weights_restored
 
 CHECKPOINTS = ("inactive", "checkpoint1", "checkpoint2", "checkpoint3", "checkpoint4")
 RATIO_EDGES = (1.2, 1.5, 2.0, 4.0, 8.0, 16.0)  # of |g'| / |g| within checkpoint 1 (Project 2)
@@ -25,7 +25,7 @@ BINS = tuple(f"bin{k}" for k in range(1, len(RATIO_EDGES) + 2))
 
 @dataclass
 class GradientPair:
-    """Both gradients of one batch, a tensor a parameter; zero for a parameter that is frozen or unused."""
+    """Both gradients of one batch, a tensor a parameter; zero for a parameter that is unused."""
 
     names: list[str]
     g: list[Tensor]
@@ -72,9 +72,7 @@ def as_trained(model: nn.Module) -> Iterator[None]:
 
 def gradients(model: nn.Module, loss: Tensor, **options: bool) -> list[Tensor]:
     """The gradient of a loss, a tensor a parameter: zeros where there is none. options: of torch.autograd.grad."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    found = iter(torch.autograd.grad(loss, trainable, materialize_grads=True, **options))
-    return [next(found) if p.requires_grad else torch.zeros_like(p) for p in model.parameters()]
+    return list(torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True, **options))
 
 
 def norm(tensors: Iterable[Tensor]) -> float:
@@ -176,7 +174,7 @@ class Persistence:
                     here, there, room = map(self.by_layer, (members & both, (first == 1) & both, both))
                     row = head | {"lag": step - reference, "batch": batch, "reference_size": int((first == 1).sum())}
                     row |= {"overlap": int((members & (first == 1)).sum())}
-                    overlaps.append(row | {"chance": _expected(here * there, room)} | total)
+                    overlaps.append(row | {"chance": float((here * there / room.clamp_min(1)).sum())} | total)
                 if step - reference < self.window:
                     active = first != 0
                     kept, share = running.get((reference, batch), (active, torch.ones(len(self.layers)).double()))
@@ -188,10 +186,6 @@ class Persistence:
                 else:
                     running.pop((reference, batch), None)
         return overlaps, intersections
-
-
-def _expected(product: Tensor, room: Tensor) -> float:
-    return float((product / room.clamp_min(1)).sum())
 
 
 def threshold_row(pair: GradientPair) -> dict[str, Any]:
@@ -335,9 +329,7 @@ NOISE_SUMS = (
 
 
 @torch.enable_grad()
-def noise_rows(
-    model: nn.Module, batches: list[tuple[Tensor, Tensor, Tensor]], rho: float
-) -> list[dict[str, Any]]:
+def noise_rows(model: nn.Module, batches: list[tuple[Tensor, Tensor, Tensor]], rho: float) -> list[dict[str, Any]]:
     """What images with flipped labels bring to g and to g', by checkpoint and kind of layer: rows of the table `noise`.
 
     batches: images, labels and which labels are flipped, bool (batch,). Both parts of a gradient are over the whole

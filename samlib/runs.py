@@ -5,7 +5,6 @@ import io
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import warnings
@@ -27,26 +26,15 @@ STATES = ("state.pt", "state.previous.pt")
 DIGEST = hashlib.sha256().digest_size  # bytes at the end of a state file, of all that comes before
 # What a run measures, one CSV a subject; a run has those that its configuration asks for.
 TABLES = (
-    "metrics",
-    "probes",
-    "layers",
-    "overlaps",
-    "intersections",
-    "thresholds",
-    "noise",
-    "sharpness",
-    "hessian",
-    "diagonal",
-    "prediction",
-    "convergence",
-    "scan",
-)
+    "metrics", "probes", "layers", "overlaps", "intersections", "thresholds", "noise", "sharpness", "hessian",
+    "diagonal", "prediction", "convergence", "scan",
+)  # fmt: skip
 
 
 def write_atomic(path: Path, content: bytes) -> None:
     """The file with this content, or as it was before: a temporary file beside it, flushed, then moved into place.
 
-    Raises UserError that names the file and the room it needs when the disk is full.
+    Raises UserError that names the file, its size and what the system says, such as that the disk is full.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -55,22 +43,14 @@ def write_atomic(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if not isinstance(error, OSError):
+            raise
         raise UserError(
-            f"{path}: its {len(content):,} bytes could not be written ({error.strerror}; "
-            f"{_free(path):,} bytes are free there); make room and start again: what was finished is kept"
+            f"{path}: its {len(content):,} bytes could not be written ({error.strerror}); make room and start again: "
+            "what was finished is kept"
         ) from None
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _free(path: Path) -> int:
-    try:
-        return shutil.disk_usage(path.parent).free
-    except OSError:
-        return 0
 
 
 class Run:
@@ -78,8 +58,7 @@ class Run:
 
     def __init__(self, config: RunConfig, root: str | Path = "runs/local") -> None:
         self.config = config
-        self.root = Path(root)
-        self.folder = self.root / config.run_id
+        self.folder = Path(root) / config.run_id
         self.rows: dict[str, list[dict[str, Any]]] = {}  # of every table
         self.written: dict[str, int] = {}  # how many of them its file holds
 
@@ -104,24 +83,18 @@ class Run:
         return _read_table(path) if path.exists() else pd.DataFrame()
 
     @contextmanager
-    def lock(self, timeout: float = -1) -> Iterator[None]:
-        """One writer a run folder: waits (timeout in seconds, -1: no end), says for whom; dies with its process."""
+    def lock(self) -> Iterator[None]:
+        """One writer a run folder: waits for another one, says for whom; dies with its process."""
         path = self.folder / "lock"
         lock = filelock.FileLock(path)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            holder = path.read_text().strip() or "another process"
-            if timeout == 0:
-                raise UserError(f"{self.folder} is being written by {holder}; wait for it, or stop it") from None
-            print(f"{self.folder} is being written by {holder}: waiting for it", file=sys.stderr, flush=True)
             try:
-                lock.acquire(timeout=timeout)
+                lock.acquire(timeout=0)
             except filelock.Timeout:
-                raise UserError(
-                    f"{self.folder} is still being written by {holder} after {timeout:g} s; wait for it, or stop it"
-                ) from None
+                holder = path.read_text().strip() or "another process"
+                print(f"{self.folder} is being written by {holder}: waiting for it", file=sys.stderr, flush=True)
+                lock.acquire()
         except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
             raise UserError(f"{self.folder}: the run folder cannot be made or locked ({_first_line(error)})") from None
         try:
@@ -288,12 +261,13 @@ def _read_table(path: Path) -> pd.DataFrame:
     return frame
 
 
-def finished(root: str | Path = "runs/local") -> list[Path]:
-    """The folders of the finished runs under a root, by name."""
+def finished(root: str | Path = "runs/local", ids: Iterable[str] | None = None) -> list[Path]:
+    """The folders of the finished runs under a root, by name; ids: of these runs alone, in their order."""
     root = Path(root)
     if not root.is_dir():
         raise UserError(f"{root} is not a folder of runs; `make study` makes runs/local, a clone brings runs/published")
-    return sorted(p.parent for p in root.glob("*/summary.json"))
+    folders = {p.parent.name: p.parent for p in root.glob("*/summary.json")}
+    return [folders[name] for name in (sorted(folders) if ids is None else ids) if name in folders]
 
 
 def load_runs(root: str | Path = "runs/local", ids: Iterable[str] | None = None) -> pd.DataFrame:
@@ -303,16 +277,9 @@ def load_runs(root: str | Path = "runs/local", ids: Iterable[str] | None = None)
     "diverged": a diverged run's final numbers are NaN. Raises UserError for a root that is not there or a file that is
     not what it should be.
     """
-    folders = finished(root)
-    if ids is not None:
-        by_name = {folder.name: folder for folder in folders}
-        folders = [by_name[name] for name in ids if name in by_name]
     default = RunConfig().model_dump(mode="json")
-    rows = []
-    for folder in folders:
-        rows.append({"run": folder.name, **default, **_origin(folder)["config"], **_summary(folder)})
-    frame = pd.DataFrame(rows, columns=None if rows else ["run", *default, "status"]).set_index("run")
-    return frame
+    rows = [{"run": f.name, **default, **_origin(f)["config"], **_summary(f)} for f in finished(root, ids)]
+    return pd.DataFrame(rows, columns=None if rows else ["run", *default, "status"]).set_index("run")
 
 
 def load_table(name: str, root: str | Path = "runs/local", ids: Iterable[str] | None = None) -> pd.DataFrame:
@@ -322,11 +289,7 @@ def load_table(name: str, root: str | Path = "runs/local", ids: Iterable[str] | 
     """
     if name not in TABLES:
         raise UserError(f"there is no table {name!r}; the tables are {', '.join(TABLES)}")
-    folders = finished(root)
-    if ids is not None:
-        wanted = set(ids)
-        folders = [folder for folder in folders if folder.name in wanted]
-    paths = {folder.name: folder / f"{name}.csv" for folder in folders if _origin(folder)}
+    paths = {folder.name: folder / f"{name}.csv" for folder in sorted(finished(root, ids)) if _origin(folder)}
     frames = {run: _read_table(path) for run, path in paths.items() if path.exists()}
     if not frames:
         return pd.DataFrame(columns=["run"])

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.optim.sgd import sgd
 
-from samlib.mix import CONTROLS, Mix, checkpoint_codes, ratio
+from samlib.mix import Mix, checkpoint_codes, ratio
 
-__all__ = ["CONTROLS", "SAM", "Mix", "checkpoint_codes"]
+__all__ = ["SAM", "Mix", "checkpoint_codes"]
 
 
 def _like(tensor: Tensor, p: Tensor) -> Tensor:

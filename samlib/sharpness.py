@@ -2,9 +2,8 @@
 
 Everything is measured in evaluation mode, on the mean cross entropy of one fixed sample: x (images, channels, height,
 width) floating point, y (images,) int64, on the model's device. In training mode the numbers differ, since BatchNorm
-then couples the images of a batch. Frozen parameters (requires_grad False) stay put: they are neither perturbed nor
-part of the Hessian. The weights come back bit for bit, also when something raises; gradients (.grad), BatchNorm's
-running statistics and the global random generators are not touched.
+then couples the images of a batch. The weights come back bit for bit, also when something raises; gradients (.grad),
+BatchNorm's running statistics and the global random generators are not touched.
 """
 
 import math
@@ -24,10 +23,6 @@ SCALE = 0.05  # of a random direction's norm, per tensor
 PAIRS = 5  # of random directions, each with its opposite
 TOLERANCE = 1e-3  # of an eigenvector: its residual as a share of its eigenvalue
 LOGITS = {"raw": lambda z: z, "normalized": lambda z: normalized(z)}
-
-
-def _trainable(model: nn.Module) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
 
 
 def normalized(logits: Tensor) -> Tensor:  # (images, classes)
@@ -60,11 +55,9 @@ def loss_value(model: nn.Module, x: Tensor, y: Tensor, logits: str = "raw") -> f
 
 
 def loss_gradient(model: nn.Module, x: Tensor, y: Tensor, logits: str = "raw") -> list[Tensor]:
-    """The gradient of L for every trainable parameter, in their shapes; zero where L does not depend on it."""
-    params = _trainable(model)
+    """The gradient of L for every parameter, in their shapes; zero where L does not depend on it."""
+    params = list(model.parameters())
     gradient = [torch.zeros_like(p) for p in params]
-    if not params:
-        return gradient
     with mode(model, training=False), torch.enable_grad():
         for x_chunk, y_chunk in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
             loss = functional.cross_entropy(LOGITS[logits](model(x_chunk)), y_chunk, reduction="sum") / len(x)
@@ -87,7 +80,7 @@ def random_direction_sharpness(
     generator = torch.Generator().manual_seed(seed)  # on the CPU: the same directions on every device
     before = losses(model, x, labels)
     rises: dict[tuple[str, str], list[float]] = {key: [] for key in before}
-    with weights_restored(_trainable(model)) as weights:
+    with weights_restored(model.parameters()) as weights:
         for _ in range(pairs):
             directions = []
             for w in weights:
@@ -96,7 +89,7 @@ def random_direction_sharpness(
             sides = []
             for sign in (1, -1):
                 with torch.no_grad():
-                    for p, w, d in zip(_trainable(model), weights, directions, strict=True):
+                    for p, w, d in zip(model.parameters(), weights, directions, strict=True):
                         p.copy_(w + sign * d)
                 sides.append(losses(model, x, labels))
             for key, values in rises.items():
@@ -109,7 +102,7 @@ def random_direction_sharpness(
 
 def ascent_sharpness(model: nn.Module, x: Tensor, y: Tensor, rho: float, logits: str = "raw") -> float:
     """L(w + rho g / ||g||) - L(w) in nats, g = loss_gradient (Foret et al., 2021); 0 where g is zero."""
-    params, g = _trainable(model), loss_gradient(model, x, y, logits)
+    params, g = list(model.parameters()), loss_gradient(model, x, y, logits)
     norm = math.sqrt(sum(torch.linalg.vector_norm(t, dtype=torch.float64).item() ** 2 for t in g))
     if norm == 0:
         return 0.0
@@ -145,26 +138,22 @@ def gauss_newton_diagonal(model: nn.Module, x: Tensor) -> list[Tensor]:
 
     (1/N) sum_n sum_c p_nc (J_nc - sum_k p_nk J_nk)^2, J_nc the gradient of image n's logit c, p its softmax: per-image
     gradients, in chunks that bound memory. It needs no labels, and no entry is negative. A network that is piecewise
-    linear in each single weight, as one of ReLUs is in evaluation mode, has it as the diagonal of its Hessian. A frozen
-    parameter has zeros.
+    linear in each single weight, as one of ReLUs is in evaluation mode, has it as the diagonal of its Hessian.
     """
     from torch.func import functional_call, vjp, vmap
 
-    params = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    rest = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad} | dict(
-        model.named_buffers()
-    )
-    total = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    params, buffers = {name: p.detach() for name, p in model.named_parameters()}, dict(model.named_buffers())
+    total = {name: torch.zeros_like(p) for name, p in params.items()}
 
     def image_squares(image: Tensor) -> dict[str, Tensor]:  # (channels, height, width)
-        logits, pull_back = vjp(lambda p: functional_call(model, p | rest, (image[None],))[0], params)
+        logits, pull_back = vjp(lambda p: functional_call(model, p | buffers, (image[None],))[0], params)
         p = logits.softmax(0)
         sides = p.sqrt()[:, None] * (torch.eye(len(p), dtype=p.dtype, device=p.device) - p)  # (classes, classes)
         parts = [vmap(pull_back)(part)[0] for part in sides.split(gradients)]
         return {name: sum(part[name].square().sum(0) for part in parts) for name in params}
 
     with mode(model, training=False), torch.no_grad():
-        gradients = max(1, JACOBIAN_BYTES // max(1, sum(p.numel() * p.element_size() for p in params.values())))
+        gradients = max(1, JACOBIAN_BYTES // sum(p.numel() * p.element_size() for p in params.values()))
         for chunk in x.split(max(1, gradients // model(x[:1]).shape[1])):
             for name, squares in vmap(image_squares)(chunk).items():
                 total[name] += squares.sum(0) / len(x)
@@ -175,12 +164,9 @@ def _hessian(model: nn.Module, x: Tensor, y: Tensor) -> Any:
     """curvlinops' operator for the Hessian of L; multiply with it in evaluation mode only."""
     from curvlinops import HessianLinearOperator  # here, since importing it takes seconds
 
-    params = _trainable(model)
-    if not params:
-        raise ValueError("the model has no trainable parameter: its Hessian is empty")
     data = list(zip(x.split(HESSIAN_CHUNK), y.split(HESSIAN_CHUNK), strict=True))
     return HessianLinearOperator(
-        model, nn.CrossEntropyLoss(), params, data, num_data=len(x), check_deterministic=False
+        model, nn.CrossEntropyLoss(), list(model.parameters()), data, num_data=len(x), check_deterministic=False
     )  # the check costs two more passes and products, and nothing here is random
 
 
@@ -189,7 +175,7 @@ def hessian_eigenvalues(model: nn.Module, x: Tensor, y: Tensor, k: int = 2) -> t
 
     Both have shape (k,), in float64, v of norm 1: an eigenvalue lies within the residual of each value. By Lanczos
     (scipy's eigsh), from a fixed start. Both are NaN for one that did not converge, or a Hessian that is not finite.
-    Raises ValueError unless 1 <= k < number of trainable parameters.
+    Raises ValueError unless 1 <= k < number of parameters.
     """
     from scipy.sparse.linalg import ArpackNoConvergence, eigsh
 
@@ -197,7 +183,7 @@ def hessian_eigenvalues(model: nn.Module, x: Tensor, y: Tensor, k: int = 2) -> t
         operator = _hessian(model, x, y)
         if not 1 <= k < operator.shape[0]:
             raise ValueError(f"k is {k}: it must be from 1 to {operator.shape[0] - 1}, below the number of parameters")
-        dtype = next(iter(_trainable(model))).detach().cpu().numpy().dtype
+        dtype = next(model.parameters()).detach().cpu().numpy().dtype
         linear = operator.to_scipy(dtype)  # in the parameters' precision: half the memory in float32
         start = np.random.default_rng(0).standard_normal(operator.shape[0]).astype(dtype)
         size = float(np.linalg.norm(linear @ start))
@@ -224,26 +210,21 @@ def hessian_trace(model: nn.Module, x: Tensor, y: Tensor, samples: int, seed: in
     """
     if samples < 2:
         raise ValueError(f"samples is {samples}: a standard error needs at least 2")
-    params, traces = _trainable(model), []
+    traces = []
     generator = torch.Generator().manual_seed(seed)  # on the CPU: the same vectors on every device
     with mode(model, training=False), torch.no_grad():
         operator = _hessian(model, x, y)
         for _ in range(samples):
-            z = [(2 * torch.randint(2, p.shape, generator=generator) - 1).to(p) for p in params]
+            z = [(2 * torch.randint(2, p.shape, generator=generator) - 1).to(p) for p in model.parameters()]
             product = operator @ z
             traces.append(sum((a * b).sum(dtype=torch.float64).item() for a, b in zip(product, z, strict=True)))
     return float(np.mean(traces)), float(np.std(traces, ddof=1)) / math.sqrt(samples)
 
 
-def hessian_rows(
-    eigenvalues: np.ndarray, residuals: np.ndarray, trace: float, error: float, samples: int
-) -> list[dict[str, Any]]:
-    """Rows of the hessian table, less the epoch: quantity, value, error (residual or standard error) and samples.
-
-    samples counts random vectors, hence 0 for an eigenvalue, whose error is no sampling error.
-    """
-    rows = [
-        {"quantity": f"eigenvalue{i}", "value": float(value), "error": float(residual), "samples": 0}
-        for i, (value, residual) in enumerate(zip(eigenvalues, residuals, strict=True), start=1)
-    ]
-    return [*rows, {"quantity": "trace", "value": trace, "error": error, "samples": samples}]
+def hessian_rows(model: nn.Module, x: Tensor, y: Tensor, samples: int, seed: int) -> list[dict[str, Any]]:
+    """Rows of the hessian table, less the epoch: quantity, value, error (residual or standard error) and samples, the
+    number of random vectors, hence 0 for an eigenvalue."""
+    found = [(value, error, 0) for value, error in np.stack(hessian_eigenvalues(model, x, y), 1).tolist()]
+    found.append((*hessian_trace(model, x, y, samples, seed), samples))
+    names = "eigenvalue1", "eigenvalue2", "trace"
+    return [{"quantity": q, "value": v, "error": e, "samples": n} for q, (v, e, n) in zip(names, found, strict=True)]

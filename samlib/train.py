@@ -84,12 +84,14 @@ def numerics(config: RunConfig, device: torch.device) -> Iterator[None]:
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
+        # Only where another default stands: under a torch.device every call costs more.
+        elsewhere = torch.get_default_device() != torch.device("cpu")
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
             torch.autocast("cpu", enabled=False),
             torch.autocast("cuda", enabled=False),
-            nullcontext() if torch.get_default_device() == torch.device("cpu") else torch.device("cpu"),  # each call's cost
+            torch.device("cpu") if elsewhere else nullcontext(),
         ):
             yield
     finally:
@@ -118,7 +120,8 @@ class Training:
 
     # Where it stands, and sums over the epoch's steps so far: what a state holds beside weights and momentum.
     POSITION = ("epoch", "done", "loss_sum", "right", "seconds")
-    # What a finished run says of itself, beside the facts: the last evaluation's.
+    # What a finished run says of itself, beside the facts: the last evaluation's. And of early stopping, the epoch and
+    # the test accuracy of the evaluation that is best on the validation images, the first of several that tie.
     FINAL = (
         "train_accuracy", "eval_train_accuracy", "eval_train_loss", "validation_accuracy", "validation_loss",
         "test_accuracy", "test_loss", "memorized", "corrected", "memorized_chance",
@@ -179,7 +182,7 @@ class Training:
                 for step in range(self.done, self.batches.steps):
                     batch = self.batches.assemble(*plan[step])
                     at = epoch * self.batches.steps + step
-                    for table, rows in self.probes.tables(at, lambda batch=batch: batch, lr):
+                    for table, rows in self.probes.tables(at, *batch, lr):
                         run.append(table, rows)
                     loss, right = self.step(*batch)
                     self.loss_sum += loss * len(batch[1])
@@ -296,24 +299,3 @@ class Training:
         elif self.run.described:
             return
         self.run.write_config(self.data.fingerprint)
-
-
-def seconds_per_step(config: RunConfig, steps: int = 3) -> float:
-    """A short measurement, for estimates: the median time of a training step as configured, on made-up images."""
-    device = pick_device(config)
-    size = config.image_size or {"digits": 8, "fashion-mnist": 28}.get(config.dataset, 32)
-    channels = 1 if config.dataset in ("digits", "fashion-mnist") else 3
-    classes = 100 if config.dataset == "cifar100" else 10
-    keep_memory()
-    with numerics(config, device):
-        layout = torch.channels_last if size >= 16 else torch.contiguous_format
-        model = build_model(config.model, config.width, config.stem, channels, classes, 0).to(device)
-        step = EagerStep(model, SAM(model.parameters(), 0.01, config.rho, mix=config.mix), config, device)
-        x = torch.randn(config.batch_size, channels, size, size, device=device).to(memory_format=layout)
-        y = torch.randint(0, classes, (config.batch_size,), device=device)
-        times = []
-        for _ in range(steps + 1):
-            begin = time.perf_counter()
-            step(x, y)[0].item()
-            times.append(time.perf_counter() - begin)
-    return sorted(times[1:])[steps // 2]

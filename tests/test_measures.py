@@ -115,7 +115,7 @@ def test_any_steps_batch_is_the_one_that_training_sees():
 def test_a_step_is_probed_at_each_radius_and_layers_are_kept_once_an_epoch():
     at, of_steps = step_probes(rho=0.1, probe_rho=0.5)
     for step in range(2 * at.batches.steps):
-        found = list(of_steps.tables(step, lambda step=step: of_steps.batch(step), 0.1))
+        found = list(of_steps.tables(step, *of_steps.batch(step), 0.1))
         if step % 3:
             assert not found
             continue
@@ -135,18 +135,18 @@ def test_a_step_is_probed_at_each_radius_and_layers_are_kept_once_an_epoch():
 
 def test_one_radius_twice_is_probed_once():
     _, of_steps = step_probes(rho=0.1, probe_rho=0.1)
-    found = [table for table, _ in of_steps.tables(0, lambda: of_steps.batch(0), 0.1)]
+    found = [table for table, _ in of_steps.tables(0, *of_steps.batch(0), 0.1)]
     assert found == ["probes", "layers"]
 
 
 def test_persistence_on_the_same_batch_takes_the_reference_steps_images_at_the_present_weights():
     at, of_steps = step_probes(persistence_steps=(1,), persistence_lags=(4,), persistence_window=2)
-    list(of_steps.tables(1, lambda: of_steps.batch(1), 0.1))
+    list(of_steps.tables(1, *of_steps.batch(1), 0.1))
     first = probes.gradient_pair(at.model, *of_steps.batch(1), at.config.rho).codes
     with torch.no_grad():
         for p in at.model.parameters():
             p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
-    tables = dict(of_steps.tables(5, lambda: of_steps.batch(5), 0.1))
+    tables = dict(of_steps.tables(5, *of_steps.batch(5), 0.1))
     for row, step in zip(tables["overlaps"], (5, 1), strict=True):  # other, then same
         codes = probes.gradient_pair(at.model, *of_steps.batch(step), at.config.rho).codes
         assert row["batch"] == ("other" if step == 5 else "same")

@@ -292,15 +292,14 @@ def test_a_probe_is_in_training_mode_and_full_precision_whatever_surrounds_it(pr
         assert torch.equal(a, b)
 
 
-def test_frozen_and_unused_parameters_are_inactive_and_do_not_move():
+def test_unused_parameters_are_inactive_and_do_not_move():
     class Part(nn.Module):
         def __init__(self):
             super().__init__()
-            self.used, self.frozen, self.unused = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(2, 2)
-            self.frozen.requires_grad_(False)
+            self.used, self.unused = nn.Linear(3, 3), nn.Linear(2, 2)
 
         def forward(self, x):
-            return self.used(torch.tanh(self.frozen(x)))
+            return self.used(x)
 
     torch.manual_seed(0)
     model, (x, y) = Part(), batch()
@@ -310,12 +309,12 @@ def test_frozen_and_unused_parameters_are_inactive_and_do_not_move():
         dead = not layer["layer"].startswith("used")
         assert (layer["inactive"] == layer["parameters"]) == dead
         assert (not g.any() and not h.any()) == dead
-    assert row["inactive"] == (12 + 6) / (12 + 12 + 6)
+    assert row["inactive"] == 6 / (12 + 6)
     for rest in probes.prediction_rows(model, x, y, [1e-3]):
-        assert rest["parameters"] == 30 and rest["right"] > 0.8
+        assert rest["parameters"] == 18 and rest["right"] > 0.8
     halves, still = [(x[:8], y[:8]), (x[8:], y[8:])], [torch.zeros_like(p) for p in model.parameters()]
     assert len(probes.convergence_rows(model, halves, pair, still, 0, 1)) == 5
-    assert sum(row["parameters"] for row in probes.noise_rows(model, [(x, y, y == 1)], 0.5)) == 30
+    assert sum(row["parameters"] for row in probes.noise_rows(model, [(x, y, y == 1)], 0.5)) == 18
 
 
 def test_a_gradient_of_denormal_numbers_is_probed_without_an_error():

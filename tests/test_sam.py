@@ -130,30 +130,67 @@ def test_the_perturbation_is_along_the_loss_gradient_alone_and_weights_come_back
 # Every mix against a loop
 
 
-def oracle(model, data, name, lr, rho, momentum, decay):
-    """SAM's update rule in Python floats, one number after the other; running statistics put back after pass two."""
-    params, velocity = list(model.parameters()), None
-    for x, y in data:
+CONTROLLED = [
+    f"{control}-{name}"
+    for control in ("shuffled", "rescaled", "length")
+    for name in ("sam", "checkpoint1", "checkpoint134", "scale2x0.5", "gain1x2", "magnitude", "direction", "scale1x0")
+    if (control, name) != ("shuffled", "sam")
+]
+
+
+SETTINGS = {"lr": 0.1, "rho": 0.3, "momentum": 0.9, "weight_decay": 5e-3}
+
+
+def length(rows):
+    return math.sqrt(math.fsum(v * v for row in rows for v in row))
+
+
+def warm(name, progress):
+    """The eight numbers on the way from SAM's to the mix's."""
+    a, b = TABLE[name]
+    return [1 + progress * (x - 1) for x in a], [progress * x for x in b]
+
+
+def oracle(model, data, name, settings, permuted=None, progress=None):
+    """The update rule in Python floats, one number after the other; running statistics put back after pass two.
+
+    permuted(step, tensor, codes of its active parameters): their order under the shuffle; progress(step): of the
+    warm-up.
+    """
+    control, _, mix = name.partition("-") if name.startswith(("shuffled", "rescaled", "length")) else ("", "", name)
+    params = list(model.parameters())
+    velocity = [[0.0] * p.numel() for p in params]
+    for step, (x, y) in enumerate(data):
+        a, b = warm(mix, 1.0 if progress is None else progress(step))
         g = [t.flatten().tolist() for t in torch.autograd.grad(cross_entropy(model(x), y), params)]
         w = [p.detach().flatten().tolist() for p in params]
-        norm = math.sqrt(math.fsum(v * v for t in g for v in t))
-        statistics = {k: b.clone() for k, b in model.named_buffers()}
-        put(params, [[a + rho * b / norm for a, b in zip(s, t, strict=True)] for s, t in zip(w, g, strict=True)])
+        statistics = {k: t.clone() for k, t in model.named_buffers()}
+        up = settings["rho"] / length(g)
+        put(params, [[u + up * v for u, v in zip(s, t, strict=True)] for s, t in zip(w, g, strict=True)])
         h = [t.flatten().tolist() for t in torch.autograd.grad(cross_entropy(model(x), y), params)]
-        for k, b in model.named_buffers():
-            b.copy_(statistics[k])
-        new, speeds = [], []
+        for k, t in model.named_buffers():
+            t.copy_(statistics[k])
+        d = []
+        for i in range(len(g)):
+            codes = [code(u, v) for u, v in zip(g[i], h[i], strict=True)]
+            if control == "shuffled":
+                active = [j for j, c in enumerate(codes) if c]
+                order = permuted(step, i, [codes[j] for j in active])
+                assert sorted(order) == sorted(codes[j] for j in active)
+                for j, c in zip(active, order, strict=True):
+                    codes[j] = c
+            d.append([a[max(c, 1) - 1] * v + b[max(c, 1) - 1] * u for c, u, v in zip(codes, g[i], h[i], strict=True)])
+        if control == "rescaled":
+            scale = length(g) / length(d)
+            d = [[v * scale for v in row] for row in d]
+        if control == "length":
+            scale = length(d) / length(g)
+            d = [[v * scale for v in row] for row in g]
         for i in range(len(w)):
-            row, speed = [], []
             for j in range(len(w[i])):
-                d = direction(name, g[i][j], h[i][j]) + decay * w[i][j]
-                v = d if velocity is None else momentum * velocity[i][j] + d
-                speed.append(v)
-                row.append(w[i][j] - lr * v)
-            new.append(row)
-            speeds.append(speed)
-        velocity = speeds
-        put(params, new)
+                velocity[i][j] = settings["momentum"] * velocity[i][j] + d[i][j] + settings["weight_decay"] * w[i][j]
+                w[i][j] -= settings["lr"] * velocity[i][j]
+        put(params, w)
 
 
 def put(params, rows):
@@ -162,12 +199,30 @@ def put(params, rows):
             p.copy_(torch.tensor(row, dtype=p.dtype).reshape(p.shape))
 
 
-@pytest.mark.parametrize("name", list(TABLE))
-def test_a_mix_is_the_obvious_loop_over_20_steps_with_batchnorm(name):
+@pytest.fixture
+def permutations(monkeypatch):
+    """Every permutation that torch draws, in order."""
+    drawn, draw = [], torch.randperm
+
+    def record(n, **options):
+        drawn.append(draw(n, **options))
+        return drawn[-1]
+
+    monkeypatch.setattr(torch, "randperm", record)
+    return drawn
+
+
+@pytest.mark.parametrize("name", [*TABLE, *CONTROLLED])
+def test_a_mix_is_the_obvious_loop_over_20_steps_with_batchnorm(name, permutations):
     ours, theirs = network(), network()
-    settings = {"lr": 0.1, "rho": 0.3, "momentum": 0.9}
-    train(ours, SAM(ours.parameters(), mix=name, weight_decay=5e-3, **settings), batches(20))
-    oracle(theirs, batches(20), name, decay=5e-3, **settings)
+    train(ours, SAM(ours.parameters(), mix=name, **SETTINGS), batches(20))
+    tensors = len(list(theirs.parameters()))
+    assert len(permutations) == (20 * tensors if name.startswith("shuffled") else 0)
+
+    def permuted(step, tensor, codes):  # one permutation a tensor and step, of its active parameters alone
+        return [codes[k] for k in permutations[step * tensors + tensor].tolist()]
+
+    oracle(theirs, batches(20), name, SETTINGS, permuted)
     for (k, a), b in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10, msg=lambda m, k=k: f"{name} {k}: {m}")
     assert ours[1].num_batches_tracked == 20
@@ -202,7 +257,8 @@ def test_a_mix_handles_zeros_denormals_and_ties_as_its_definition(name, dtype):
 def test_fp32_training_follows_the_float64_loop():
     ours, theirs = network(torch.float32), network(torch.float32).double()
     train(ours, SAM(ours.parameters(), lr=0.1, rho=0.1, momentum=0.9), batches(20, torch.float32))
-    oracle(theirs, [(x.double(), y) for x, y in batches(20, torch.float32)], "sam", 0.1, 0.1, 0.9, 0.0)
+    settings = {"lr": 0.1, "rho": 0.1, "momentum": 0.9, "weight_decay": 0.0}
+    oracle(theirs, [(x.double(), y) for x, y in batches(20, torch.float32)], "sam", settings)
     for a, b in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True):
         torch.testing.assert_close(a.double(), b.double(), rtol=1e-3, atol=1e-4)
 
@@ -461,21 +517,6 @@ def test_weights_whose_layout_changes_in_the_middle_of_training_keep_their_momen
     torch.testing.assert_close(*ends, rtol=1e-6, atol=1e-7)
 
 
-def test_weights_that_are_a_transposed_matrix_take_the_mix():
-    w = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    ends = []
-    for p in (nn.Parameter(w.clone().t()), nn.Parameter(w.t().contiguous())):
-        optimizer = SAM([p], lr=0.1, rho=1.0, mix="checkpoint134")
-
-        def closure(p=p, optimizer=optimizer):
-            optimizer.zero_grad()
-            (3 * p).sin().sum().backward()
-
-        optimizer.step(closure)
-        ends.append(p.detach())
-    assert torch.equal(*ends)
-
-
 # Use
 
 
@@ -647,121 +688,7 @@ def test_a_hook_on_the_step_is_called_once_a_step_also_where_torchs_own_sgd_is_i
     assert calls == ["before", "after"]
 
 
-# The controls, in plain numbers: the design's words and nothing of the code
-
-
-CONTROLLED = [
-    f"{control}-{name}"
-    for control in ("shuffled", "rescaled", "length")
-    for name in ("sam", "checkpoint1", "checkpoint134", "scale2x0.5", "gain1x2", "magnitude", "direction", "scale1x0")
-    if (control, name) != ("shuffled", "sam")
-]
-
-
-def length(rows):
-    return math.sqrt(math.fsum(v * v for row in rows for v in row))
-
-
-def warm(name, progress):
-    """The eight numbers on the way from SAM's to the mix's."""
-    a, b = TABLE[name]
-    return [1 + progress * (x - 1) for x in a], [progress * x for x in b]
-
-
-def controlled_oracle(model, data, name, settings, permuted=None, progress=None):
-    """As `oracle`, under a control; permuted(step, tensor, codes of its active parameters): their order under the
-    shuffle; progress(step): of the warm-up."""
-    control, _, mix = name.partition("-") if name.startswith(("shuffled", "rescaled", "length")) else ("", "", name)
-    params = list(model.parameters())
-    velocity = [[0.0] * p.numel() for p in params]
-    for step, (x, y) in enumerate(data):
-        a, b = warm(mix, 1.0 if progress is None else progress(step))
-        g = [t.flatten().tolist() for t in torch.autograd.grad(cross_entropy(model(x), y), params)]
-        w = [p.detach().flatten().tolist() for p in params]
-        statistics = {k: t.clone() for k, t in model.named_buffers()}
-        up = settings["rho"] / length(g)
-        put(params, [[u + up * v for u, v in zip(s, t, strict=True)] for s, t in zip(w, g, strict=True)])
-        h = [t.flatten().tolist() for t in torch.autograd.grad(cross_entropy(model(x), y), params)]
-        for k, t in model.named_buffers():
-            t.copy_(statistics[k])
-        d = []
-        for i in range(len(g)):
-            codes = [code(u, v) for u, v in zip(g[i], h[i], strict=True)]
-            if control == "shuffled":
-                active = [j for j, c in enumerate(codes) if c]
-                order = permuted(step, i, [codes[j] for j in active])
-                assert sorted(order) == sorted(codes[j] for j in active)
-                for j, c in zip(active, order, strict=True):
-                    codes[j] = c
-            d.append([a[max(c, 1) - 1] * v + b[max(c, 1) - 1] * u for c, u, v in zip(codes, g[i], h[i], strict=True)])
-        if control == "rescaled":
-            d = [[v * length(g) / length(d) for v in row] for row in d]
-        if control == "length":
-            d = [[v * length(d) / length(g) for v in row] for row in g]
-        for i in range(len(w)):
-            for j in range(len(w[i])):
-                velocity[i][j] = settings["momentum"] * velocity[i][j] + d[i][j] + settings["weight_decay"] * w[i][j]
-                w[i][j] -= settings["lr"] * velocity[i][j]
-        put(params, w)
-
-
-SETTINGS = {"lr": 0.1, "rho": 0.3, "momentum": 0.9, "weight_decay": 5e-3}
-
-
-@pytest.fixture
-def permutations(monkeypatch):
-    """Every permutation that torch draws, in order."""
-    drawn, draw = [], torch.randperm
-
-    def record(n, **options):
-        drawn.append(draw(n, **options))
-        return drawn[-1]
-
-    monkeypatch.setattr(torch, "randperm", record)
-    return drawn
-
-
-@pytest.mark.parametrize("name", CONTROLLED)
-def test_a_controlled_mix_is_the_obvious_loop_over_8_steps(name, permutations):
-    ours, theirs = network(), network()
-    train(ours, SAM(ours.parameters(), mix=name, **SETTINGS), batches(8))
-    tensors = len(list(theirs.parameters()))
-    assert len(permutations) == (8 * tensors if name.startswith("shuffled") else 0)
-
-    def permuted(step, tensor, codes):  # one permutation a tensor and step, of its active parameters alone
-        return [codes[k] for k in permutations[step * tensors + tensor].tolist()]
-
-    controlled_oracle(theirs, batches(8), name, SETTINGS, permuted)
-    for (k, a), b in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10, msg=lambda m, k=k: f"{name} {k}: {m}")
-
-
-@pytest.mark.parametrize("name", ["shuffled-checkpoint2", "rescaled-sam", "length-sam", "direction"])
-def test_a_controls_norms_and_permutations_are_what_it_says(name):
-    draw = torch.Generator().manual_seed(4)
-    g, h = ([torch.randn(n, generator=draw, dtype=torch.float64) for n in (40, 3, 500)] for _ in "gh")
-    g[2][::5], h[0][::4] = 0, 0
-    mix = Mix.parse(name)
-    d = torch.cat(mix.update(g, h, seed=1))
-    whole_g, whole_h = torch.cat(g), torch.cat(h)
-    if name == "rescaled-sam":  # SAM's direction at SGD's length
-        torch.testing.assert_close(d, whole_h * whole_g.norm() / whole_h.norm())
-    if name == "length-sam":  # SGD's direction at SAM's length
-        torch.testing.assert_close(d, whole_g * whole_h.norm() / whole_g.norm())
-    if name == "direction":  # |g|, with SAM's signs where both are active
-        assert torch.equal(d.abs(), whole_g.abs())
-    if name == "shuffled-checkpoint2":  # g' where the shuffled code is 2, g elsewhere; as many in each tensor as before
-        start = 0
-        for a, b in zip(g, h, strict=True):
-            part, codes = d[start : start + len(a)], [code(u, v) for u, v in zip(a.tolist(), b.tolist(), strict=True)]
-            start += len(a)
-            taken = [t == v and v != u for t, u, v in zip(part.tolist(), a.tolist(), b.tolist(), strict=True)]
-            assert all(t in (u, v) for t, u, v in zip(part.tolist(), a.tolist(), b.tolist(), strict=True))
-            assert sum(taken) == codes.count(2)
-            assert not any(t for t, c in zip(taken, codes, strict=True) if c == 0)
-        assert not torch.equal(d, torch.cat(Mix.parse("checkpoint2").update(g, h)))
-        assert not torch.equal(d, torch.cat(mix.update(g, h, seed=2)))
-        assert torch.equal(d, torch.cat(mix.update(g, h, seed=1)))
+# The controls
 
 
 def test_a_shuffle_puts_each_active_parameter_anywhere_in_its_tensor_with_one_probability():
@@ -854,7 +781,7 @@ def test_a_warm_up_goes_linearly_from_sams_numbers(name, permutations):
     def permuted(step, tensor, codes):
         return [codes[k] for k in next(orders).tolist()] if step else codes  # SAM at first: nothing to shuffle
 
-    controlled_oracle(theirs, batches(6), name, SETTINGS, permuted, lambda step: min(1.0, step / 4))
+    oracle(theirs, batches(6), name, SETTINGS, permuted, lambda step: min(1.0, step / 4))
     for a, b in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
 

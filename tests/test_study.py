@@ -460,9 +460,7 @@ def test_a_dry_run_says_what_it_would_do_and_does_nothing(tmp_path, stubs, capsy
 
 
 def test_the_estimate_is_steps_and_evaluations_times_the_measured_step(monkeypatch):
-    import samlib.train
-
-    monkeypatch.setattr(samlib.train, "seconds_per_step", lambda config: 0.5 * config.passes)
+    monkeypatch.setattr(estimate, "seconds_per_step", lambda config: 0.5 * config.passes)
     config = RunConfig(dataset="digits", mix="sam", data_fraction=0.1, batch_size=10, epochs=20, eval_every=10)
     seconds, notes = estimate.estimated_seconds([config, config])
     source = load_source(config)
@@ -474,16 +472,18 @@ def test_the_estimate_is_steps_and_evaluations_times_the_measured_step(monkeypat
     assert "nowhere" in estimate.estimated_seconds([absent])[1][0]
 
 
+def test_the_estimate_of_a_step_is_a_positive_time():
+    assert 0 < estimate.seconds_per_step(RunConfig(dataset="digits", model="resnet6", width=4, mix="sam"), 1) < 10
+
+
 @pytest.mark.parametrize(
     "fields", [{"model": "resnet34", "width": 512}, {"batch_size": 1_000_000}, {"image_size": 512}]
 )
 def test_a_dry_run_allocates_no_more_than_the_machine_has(fields, monkeypatch):
-    import samlib.train
-
     def fails(config):
         raise AssertionError("a step was tried")
 
-    monkeypatch.setattr(samlib.train, "seconds_per_step", fails)
+    monkeypatch.setattr(estimate, "seconds_per_step", fails)
     free = psutil.virtual_memory()._replace(available=2**31)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
     config = RunConfig(dataset="digits", **{"model": "resnet18", "width": 64, "stem": "cifar", **fields})

@@ -22,7 +22,7 @@ from samlib.data import load_data
 from samlib.models import build_model
 from samlib.runs import TABLES, Run, load_runs
 from samlib.step import EagerStep
-from samlib.train import Training, seconds_per_step, train
+from samlib.train import Training, train
 
 SMALL = RunConfig(
     dataset="digits", model="resnet6", stem="cifar", width=4, batch_size=16, epochs=2, data_fraction=0.1,
@@ -199,10 +199,8 @@ def test_the_running_training_numbers_are_the_mean_over_the_images_of_the_epoch(
         assert sizes == run.summary["train_images"]
 
 
-@pytest.mark.parametrize("mix, passes", [("sgd", 1), ("sam", 2), ("checkpoint13", 2)])
-def test_the_summary_counts_steps_and_gradient_evaluations(tmp_path, mix, passes):
-    run = trained(tmp_path, mix=mix)
-    summary = run.summary
+def test_the_summary_counts_steps_and_gradient_evaluations(any_whole):
+    run, summary, passes = any_whole, any_whole.summary, 1 if any_whole.config.mix == "sgd" else 2
     assert summary["steps_per_epoch"] == math.ceil(summary["train_images"] / 16)
     assert summary["steps"] == 2 * summary["steps_per_epoch"]
     assert summary["gradient_evaluations"] == passes * summary["steps"]
@@ -239,9 +237,8 @@ def test_the_configuration_is_recorded_before_the_first_step(tmp_path, monkeypat
 # What changes nothing of the training
 
 
-@pytest.mark.parametrize("mix", MIXES)
-def test_a_run_with_probes_ends_in_the_same_weights_to_the_bit(tmp_path, mix):
-    plain, probed = trained(tmp_path, mix=mix), trained(tmp_path, mix=mix, **PROBED)
+def test_a_run_with_probes_ends_in_the_same_weights_to_the_bit(any_whole, tmp_path):
+    plain, probed = trained(tmp_path, mix=any_whole.config.mix), any_whole
     assert_same_bits(weights(plain), weights(probed))
     assert tables(plain)["metrics"] == tables(probed)["metrics"]
     assert probed.table("probes").step.tolist() == [0, 1, 2, 4, 5, 6, 7, 8, 10, 12]  # 0, 2, ...; windows of 0 and 5
@@ -277,12 +274,6 @@ def test_sam_with_rho_0_is_sgd(tmp_path):
     assert_same_bits(weights(trained(tmp_path)), weights(trained(tmp_path, mix="sam", rho=0.0)))
 
 
-def test_the_same_configuration_gives_the_same_bits_twice(measured, tmp_path):
-    torch.manual_seed(1)
-    np.random.seed(1)
-    assert_same_run(measured, train(measured.config, tmp_path, progress=False))
-
-
 def test_another_seed_gives_another_run(tmp_path):
     a, b = weights(trained(tmp_path)), weights(trained(tmp_path, seed=2))
     assert not torch.equal(a["conv1.weight"], b["conv1.weight"])
@@ -290,38 +281,35 @@ def test_another_seed_gives_another_run(tmp_path):
 
 def test_training_leaves_the_settings_of_torch_as_they_were(tmp_path):
     threads, state = torch.get_num_threads(), torch.get_rng_state()
-    trained(tmp_path, threads=2, deterministic=True, epochs=1)
+    trained(tmp_path, threads=2, deterministic=True, epochs=1, data_fraction=0.02)
     assert torch.get_num_threads() == threads and not torch.are_deterministic_algorithms_enabled()
     assert torch.equal(torch.get_rng_state(), state)
 
 
-SURROUNDINGS = {
-    "autocast": lambda stack: stack.enter_context(torch.autocast("cpu", torch.bfloat16)),
-    "no_grad": lambda stack: stack.enter_context(torch.no_grad()),
-    "inference_mode": lambda stack: stack.enter_context(torch.inference_mode()),
-    "default device": lambda stack: stack.enter_context(torch.device("meta")),
-    "default dtype": lambda stack: (
-        torch.set_default_dtype(torch.float64),
-        stack.callback(torch.set_default_dtype, torch.float32),
-    ),
-    "matmul precision": lambda stack: (
-        torch.set_float32_matmul_precision("medium"),
-        stack.callback(torch.set_float32_matmul_precision, "highest"),
-    ),
-    "threads": lambda stack: (stack.callback(torch.set_num_threads, 1), torch.set_num_threads(2)),
-}
+def settings() -> list:
+    """What of torch's settings a caller can see."""
+    precision, autocast = torch.get_float32_matmul_precision(), torch.is_autocast_enabled("cpu")
+    modes = [torch.is_grad_enabled(), torch.is_inference_mode_enabled()]
+    return [torch.get_default_dtype(), torch.get_default_device(), precision, torch.get_num_threads(), autocast, *modes]
 
 
-@pytest.mark.parametrize("name", SURROUNDINGS)
-def test_what_surrounds_a_training_changes_no_bit_of_it(measured, whole, tmp_path, name):
-    alone = measured if name in ("autocast", "default device") else whole  # the former with every measure
+def test_the_same_configuration_gives_the_same_bits_twice_whatever_surrounds_it(measured, tmp_path):
+    torch.manual_seed(1)
+    np.random.seed(1)
     with ExitStack() as stack:
-        SURROUNDINGS[name](stack)
-        before = torch.get_default_dtype(), torch.get_float32_matmul_precision(), torch.get_num_threads()
-        run = train(alone.config, tmp_path, progress=False)
-        assert (torch.get_default_dtype(), torch.get_float32_matmul_precision(), torch.get_num_threads()) == before
-        assert torch.is_autocast_enabled("cpu") == (name == "autocast")
-    assert_same_run(alone, run)
+        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+        stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_default_dtype(torch.float64)
+        torch.set_float32_matmul_precision("medium")
+        torch.set_num_threads(2)
+        for surrounding in (torch.autocast("cpu", torch.bfloat16), torch.no_grad(), torch.inference_mode()):
+            stack.enter_context(surrounding)
+        stack.enter_context(torch.device("meta"))
+        before = settings()
+        run = train(measured.config, tmp_path, progress=False)
+        assert settings() == before
+    assert_same_run(measured, run)
 
 
 def test_trainings_in_threads_have_the_bits_of_each_alone(tmp_path):
@@ -361,7 +349,8 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 first = faults()
-train(RunConfig(dataset="digits", model="resnet10", width=2, epochs=1, device="cpu"), sys.argv[1], progress=False)
+config = RunConfig(dataset="digits", model="resnet6", width=2, data_fraction=0.1, epochs=1, device="cpu")
+train(config, sys.argv[1], progress=False)
 faults()
 print(first, faults())
 """
@@ -470,7 +459,7 @@ def stopped_after(whole, root, monkeypatch, steps) -> Run:
     return Run(whole.config, root)
 
 
-@pytest.mark.parametrize("steps", [1, 7, 13])  # 7 steps an epoch, so the 7th state lies between two epochs
+@pytest.mark.parametrize("steps", [7, 13])  # 7 steps an epoch, so the 7th state lies between two epochs
 def test_a_resumed_run_ends_in_the_same_bits(any_whole, tmp_path, monkeypatch, steps):
     stopped_after(any_whole, tmp_path, monkeypatch, steps)
     assert_same_run(any_whole, train(any_whole.config, tmp_path, progress=False))
@@ -483,9 +472,8 @@ def whole_measured(tmp_path_factory):
     return trained(tmp_path_factory.mktemp("whole"), **fields)
 
 
-@pytest.mark.parametrize("steps", [10])
-def test_every_table_of_a_resumed_run_has_the_same_bytes(whole_measured, tmp_path, monkeypatch, steps):
-    run = stopped_after(whole_measured, tmp_path, monkeypatch, steps)
+def test_every_table_of_a_resumed_run_has_the_same_bytes(whole_measured, tmp_path, monkeypatch):
+    run = stopped_after(whole_measured, tmp_path, monkeypatch, 10)
     assert_same_run(whole_measured, train(run.config, tmp_path, progress=False))
     for name in set(TABLES) - {"metrics"}:  # whose seconds differ
         path = f"{name}.csv"
@@ -557,16 +545,11 @@ def test_a_run_whose_images_changed_starts_anew_on_them_and_says_so(tmp_path, mo
     assert_same_run(again, trained(tmp_path / "fresh", **fields))
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "another version"])
 @pytest.mark.parametrize("names", [["state.pt"], ["state.pt", "state.previous.pt"]])
-def test_damaged_states_are_set_aside_and_cost_only_time(whole, tmp_path, monkeypatch, damage, names):
+def test_damaged_states_are_set_aside_and_cost_only_time(whole, tmp_path, monkeypatch, names):
     run = stopped_after(whole, tmp_path, monkeypatch, 9)
     for name in names:
-        path = run.folder / name
-        if damage == "another version":
-            torch.save(torch.load(path, weights_only=True) | {"format": 0}, path)  # and without a digest
-        else:
-            os.truncate(path, path.stat().st_size // 2 if damage == "truncated" else 0)
+        os.truncate(run.folder / name, (run.folder / name).stat().st_size // 2)
     with pytest.warns(UserWarning) as warned:
         again = train(whole.config, tmp_path, progress=False)
     texts = [str(w.message) for w in warned if "state" in str(w.message)]
@@ -638,21 +621,3 @@ def test_the_initial_learning_rate_momentum_and_mix_reach_the_optimizer(tmp_path
     (group,) = Training(run.config, run, torch.device("cpu")).optimizer.param_groups
     names = ("mix", "rho", "lr", "momentum", "weight_decay")
     assert [group[name] for name in names] == ["checkpoint13", 0.3, 0.2, 0.5, 0.01]
-
-
-def test_the_estimate_of_a_step_is_a_positive_time():
-    assert 0 < seconds_per_step(SMALL, steps=1) < 10
-
-
-def test_a_run_that_measures_no_curvature_does_without_the_packages_for_it(tmp_path):
-    values = SMALL.changed() | {"mix": "checkpoint13", "epochs": 1, "sharpness_every": 1, **PROBED}
-    code = (
-        "import json, sys\n"
-        "from samlib.config import RunConfig\n"
-        "from samlib.train import train\n"
-        "train(RunConfig.parse(json.loads(sys.argv[1])), sys.argv[2], progress=False)\n"
-        "print(sorted({'curvlinops', 'torchvision', 'sklearn', 'scipy.stats'} & set(sys.modules)))"
-    )
-    command = [sys.executable, "-c", code, json.dumps(values), str(tmp_path)]
-    result = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
-    assert result.stdout.strip() == "[]", result.stdout + result.stderr

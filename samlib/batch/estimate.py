@@ -2,6 +2,7 @@
 
 import math
 import os
+import time
 from collections.abc import Iterable
 
 from samlib import PROJECT
@@ -19,8 +20,6 @@ def estimated_seconds(configs: Iterable[RunConfig]) -> tuple[float, list[str]]:
     that could need more than half of the free memory is not tried.
     """
     import psutil
-
-    from samlib.train import seconds_per_step
 
     seconds, notes = 0.0, set()
     steps: dict[tuple, float] = {}
@@ -42,6 +41,34 @@ def estimated_seconds(configs: Iterable[RunConfig]) -> tuple[float, list[str]]:
         seconds += evaluations * (train + test) * steps[kind] / config.batch_size / config.passes / 3
         seconds += NOTEBOOK_SECONDS
     return seconds, sorted(notes)
+
+
+def seconds_per_step(config: RunConfig, steps: int = 3) -> float:
+    """The median time of a training step as configured, on made-up images."""
+    import torch
+
+    from samlib.models import build_model
+    from samlib.sam import SAM
+    from samlib.step import EagerStep
+    from samlib.train import keep_memory, numerics, pick_device
+
+    device = pick_device(config)
+    size = config.image_size or (DATASETS[config.dataset].size if config.dataset in DATASETS else 32)
+    channels = 1 if config.dataset in ("digits", "fashion-mnist") else 3
+    classes = 100 if config.dataset == "cifar100" else 10
+    keep_memory()
+    with numerics(config, device):
+        layout = torch.channels_last if size >= 16 else torch.contiguous_format
+        model = build_model(config.model, config.width, config.stem, channels, classes, 0).to(device)
+        step = EagerStep(model, SAM(model.parameters(), 0.01, config.rho, mix=config.mix), config, device)
+        x = torch.randn(config.batch_size, channels, size, size, device=device).to(memory_format=layout)
+        y = torch.randint(0, classes, (config.batch_size,), device=device)
+        times = []
+        for _ in range(steps + 1):
+            begin = time.perf_counter()
+            step(x, y)[0].item()
+            times.append(time.perf_counter() - begin)
+    return sorted(times[1:])[steps // 2]
 
 
 def image_counts(config: RunConfig) -> tuple[int, int]:
