@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -202,8 +202,7 @@ class Data:
     def fingerprint(self) -> str:
         """SHA-256 of all of the above, as hexadecimal text: other data have another one."""
         digest = hashlib.sha256()
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for value in vars(self).values():
             if isinstance(value, Tensor):
                 digest.update(f"{tuple(value.shape)}".encode())
                 digest.update(value.contiguous().cpu().numpy().data)
@@ -262,13 +261,11 @@ class Batches:
 
     def __init__(self, data: Data, config: RunConfig) -> None:
         self.data, self.config = data, config
-        self.n, _, self.height, self.width = data.images.shape
-        self.pad = max(1, self.height // 8) if config.augment else 0  # 4 pixels at 32x32
+        self.n, channels, height, width = data.images.shape
+        self.pad = max(1, height // 8) if config.augment else 0  # 4 pixels at 32x32
         self.images = torch.nn.functional.pad(data.images, (self.pad,) * 4)
-        device = data.images.device
-        self._channel = torch.arange(data.images.shape[1], device=device)[None, :, None, None]
-        self._row = torch.arange(self.height, device=device)
-        self._column = torch.arange(self.width, device=device)
+        arange = partial(torch.arange, device=data.images.device)
+        self._channel, self._row, self._column = arange(channels)[None, :, None, None], arange(height), arange(width)
         full, rest = divmod(self.n, config.batch_size)
         self.steps = full + (rest > 1 and not config.drop_last)
         if not self.steps:
