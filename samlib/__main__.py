@@ -118,17 +118,14 @@ def run(args: argparse.Namespace) -> int:
     for task, error in failures:
         notebook = f" (see {here(task.failed)})" if task.failed.exists() else ""
         print(f"failed: {task.name}: {error}{notebook}", file=sys.stderr)
-    show_done([Run(config, root) for config in configs])
-    print("Where to look:")
-    done = [root / config.run_id / "train.ipynb" for config in configs if Run(config, root).done]
+    runs = [Run(config, root) for config in configs]
+    show_done(runs)
+    look = [root / run.id / "train.ipynb" for run in runs if run.done]
     if study:
-        for path in sorted((root / study.name).glob("[!.]*.ipynb")):
-            print(f"  {here(path)}")
-        if (figures / study.name).is_dir():
-            print(f"  {here(figures / study.name)}/")
-        done = [root / "<run>" / "train.ipynb"] if done else []
-    for path in done:
-        print(f"  {here(path)}")
+        look = [root / "<run>" / "train.ipynb"] if look else []
+        look += [*sorted((root / study.name).glob("[!.]*.ipynb")), *filter(Path.is_dir, [figures / study.name])]
+    if look:
+        print("Where to look:", *map(here, look), sep="\n  ")
     return 1 if failures else 0
 
 

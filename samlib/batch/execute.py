@@ -2,6 +2,7 @@
 
 import io
 import logging
+import os
 import platform
 import sys
 from pathlib import Path
@@ -116,4 +117,4 @@ def _execute(notebook: str, final: Path, parameters: dict[str, Any], folder: str
 
 def sees(path: str) -> bool:
     """Whether this worker sees a file that was written just now: it shares the folder with who wrote it."""
-    return Path(path).exists()
+    return os.path.exists(path)  # False, and not an error, where it may not look

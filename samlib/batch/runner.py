@@ -1,5 +1,6 @@
 """What a study still has to do, and the doing of it: notebooks executed by papermill, each a task of a Dask cluster."""
 
+import asyncio
 import json
 import logging
 import sys
@@ -142,9 +143,15 @@ def cluster_at(scheduler: str, root: Path) -> Iterator[Any]:
     """A client of a cluster elsewhere. Raises UserError where none answers, or a worker cannot do a run of `root`."""
     with broken_dask():
         from distributed import Client
+        from distributed.comm import connect
 
         logging.getLogger("distributed").setLevel(logging.CRITICAL)
+
+    async def greet() -> None:  # Client would wait for ever where something else answers
+        (await asyncio.wait_for(connect(scheduler), ANSWER)).abort()
+
     try:
+        asyncio.run(greet())
         client = Client(scheduler, timeout=ANSWER)
     except Exception as error:  # whatever answers there
         raise UserError(f"--scheduler: no Dask scheduler answers at {scheduler!r} ({_line(error)})") from None
