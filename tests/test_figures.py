@@ -29,7 +29,7 @@ def test_a_figure_without_alternative_text_is_not_saved(tmp_path):
     figure, _ = figures.figure()
     with pytest.raises(ValueError, match="alternative text"):
         figures.save(figure, "a", tmp_path)
-    figures.save(figure, "a", tmp_path, alt="Empty axes")
+    figures.save(figures.describe(figure, "Empty axes"), "a", tmp_path)
     assert "<desc>Empty axes</desc>" in (tmp_path / "a.svg").read_text()
 
 

@@ -7,7 +7,6 @@ from scipy import stats
 
 from samlib.analysis.stats import (
     Estimate,
-    correlation,
     correlation_over_seeds,
     decide,
     expected_by_chance,
@@ -105,32 +104,6 @@ def test_one_of_twenty_intervals_excludes_the_truth_by_chance():
     assert sum(e.excludes(0) for e in map(mean_interval, x)) == pytest.approx(expected_by_chance(2000), rel=0.25)
 
 
-def test_pearsons_interval_is_scipys():
-    x, y = np.random.default_rng(1).normal(size=(2, 12))
-    reference, e = stats.pearsonr(x, y), correlation(x, y)
-    interval = reference.confidence_interval(0.95)
-    assert (e.value, e.low, e.high) == pytest.approx((reference.statistic, interval.low, interval.high))
-
-
-def test_spearmans_value_is_scipys_and_its_interval_bonett_and_wrights():
-    x, y = np.random.default_rng(2).integers(0, 6, size=(2, 15))  # with ties
-    e, r = correlation(x, y, method="spearman"), stats.spearmanr(x, y).statistic
-    assert e.value == pytest.approx(r)
-    width = np.arctanh(e.high) - np.arctanh(e.low)
-    assert width == pytest.approx(2 * stats.norm.ppf(0.975) * math.sqrt((1 + r**2 / 2) / 12))
-
-
-def test_correlations_without_information_have_no_interval_or_no_value():
-    assert correlation([1, 2, 3], [1, 3, 2]).value == pytest.approx(0.5)
-    assert math.isnan(correlation([1, 2, 3], [1, 3, 2]).low)
-    assert math.isnan(correlation([1, 2, 3, 4, 5], [7, 7, 7, 7, 7]).value)
-    assert math.isnan(correlation([], []).value)
-    with pytest.raises(ValueError, match="NaN"):
-        correlation([1, 2, 3, np.nan], [1, 2, 3, 4])
-    with pytest.raises(ValueError, match="kendall"):
-        correlation([1, 2], [1, 2], method="kendall")
-
-
 def over_rho(y: dict[float, float], seeds: int = 4) -> pd.DataFrame:
     rng = np.random.default_rng(3)
     rows = [(s, rho, rho + 0.01 * rng.normal(), v + 0.001 * rng.normal()) for s in range(seeds) for rho, v in y.items()]
@@ -144,6 +117,16 @@ def test_a_correlation_over_rho_counts_seeds_and_not_runs():
     assert (e.n, e.value, e.half) == pytest.approx((4, np.mean(each), mean_interval(each).half), abs=1e-3)
     assert decide(correlation_over_seeds(frame, "x", "y"), above=0) == "holds"
     assert decide(correlation_over_seeds(frame[frame.seed < 2], "x", "y"), above=0) == "undecided"
+
+
+def test_a_seeds_correlation_is_scipys_and_a_constant_or_a_short_seed_is_left_out():
+    frame = over_rho({0.1: 0.3, 0.2: 0.1, 0.4: 0.2, 0.8: 0.2}, seeds=1)
+    for method, scipys in (("pearson", stats.pearsonr), ("spearman", stats.spearmanr)):
+        e = correlation_over_seeds(frame, "x", "y", over=None, method=method)
+        assert (e.value, e.n) == pytest.approx((scipys(frame.x, frame.y).statistic, 1))
+    more = pd.concat([frame, frame.assign(seed=1, y=0.5), frame[:2].assign(seed=2)])
+    e = correlation_over_seeds(more, "x", "y", over=None)
+    assert (e.n, e.left_out) == (1, 2)
 
 
 def test_a_correlation_that_one_rho_carries_does_not_hold():

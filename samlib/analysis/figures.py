@@ -1,10 +1,11 @@
 """What all figures share: style, one look a mix, caption, alternative text, and the one way to save and to show.
 
-A figure function takes tables and returns a Figure; figures_regimes, figures_geometry and figures_ablation hold them.
+A figure function takes a Results and returns a Figure; the modules figures_* hold them.
 """
 
 import re
 import textwrap
+from collections.abc import Iterable
 from html import escape
 from io import BytesIO
 from pathlib import Path
@@ -19,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from samlib import PROJECT
-from samlib.analysis.results import CONTROLS, in_order, mix_name  # noqa: F401
+from samlib.analysis.results import CONTROLS, mix_name
 from samlib.config import UserError
 
 WIDTH = 9.0  # inches: the most that a notebook shows at its full size
@@ -42,15 +43,6 @@ OTHERS = ("#8C6D31", "#637939", "#843C39", "#3182BD")
 DOCUMENT = {"color": "#009E73", "marker": "D", "markerfacecolor": "none", "linestyle": ""}  # a document's own number
 
 
-def style() -> None:
-    """The style of all figures; `figure` sets it."""
-    sns.set_theme(context="paper", style="whitegrid")
-    sizes = dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize", "legend.title_fontsize"), SMALLEST)
-    sizes |= {"font.size": 9, "axes.labelsize": 9, "axes.titlesize": 9, "figure.titlesize": 10}
-    plt.rcParams.update(sizes | {"figure.dpi": DPI, "savefig.dpi": DPI, "figure.constrained_layout.use": True})
-    plt.rcParams.update({"svg.hashsalt": "samlib", "axes.titlelocation": "left", "legend.frameon": False})
-
-
 def look(mix: str, **changes: Any) -> dict[str, Any]:
     """Colour, line and marker of a mix (or "inactive"), as keywords of Axes.plot and Axes.errorbar, with its name as
     `label`. A control looks like its mix with hollow markers and a thin line."""
@@ -62,11 +54,13 @@ def look(mix: str, **changes: Any) -> dict[str, Any]:
     return found | ({"markerfacecolor": "none", "linewidth": 0.8} if base != mix else {}) | changes
 
 
-def figure(
-    rows: int = 1, columns: int = 1, height: float = 3.2, width: float = WIDTH, **options: Any
-) -> tuple[Figure, Any]:
-    """A figure and its axes, (rows, columns) always. height, width: inches, at most WIDTH wide."""
-    style()
+def figure(rows: int = 1, columns: int = 1, height: float = 3.2, width: float = WIDTH, **options: Any) -> tuple:
+    """A figure in the style of all and its axes, (rows, columns) always. height, width: inches, at most WIDTH wide."""
+    sns.set_theme(context="paper", style="whitegrid")
+    sizes = dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize", "legend.title_fontsize"), SMALLEST)
+    sizes |= {"font.size": 9, "axes.labelsize": 9, "axes.titlesize": 9, "figure.titlesize": 10}
+    plt.rcParams.update(sizes | {"figure.dpi": DPI, "savefig.dpi": DPI, "figure.constrained_layout.use": True})
+    plt.rcParams.update({"svg.hashsalt": "samlib", "axes.titlelocation": "left", "legend.frameon": False})
     return plt.subplots(rows, columns, figsize=(min(width, WIDTH), height), squeeze=False, **options)
 
 
@@ -82,6 +76,13 @@ def describe(figure: Figure, alt: str, caption: str = "") -> Figure:
 
 def panel_title(axes: Axes, text: str) -> None:
     axes.set_title(text, loc="left", fontsize=9)
+
+
+def rho_axis(axes: Axes, ticks: Iterable[float], label: str = "ρ") -> None:
+    """A logarithmic x axis with these ticks alone, as plain numbers."""
+    axes.set(xscale="log", xlabel=label)
+    axes.set_xticks(list(ticks), [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
 
 
 def legend(figure: Figure, axes: Axes | None = None, columns: int = 4) -> None:
@@ -111,14 +112,11 @@ def svg(figure: Figure) -> bytes:
     return re.sub(r"(<svg [^>]*)>", lambda tag: f'{tag[1]} role="img">\n {about}', text, count=1).encode()
 
 
-def save(figure: Figure, name: str, folder: str | Path, alt: str | None = None) -> Figure:
-    """Writes `folder/name.svg` and `folder/name.png` and returns the figure. alt: where `describe` gave none.
+def save(figure: Figure, name: str, folder: str | Path) -> Figure:
+    """Writes `folder/name.svg` and `folder/name.png` and returns the figure; a relative folder is the project's.
 
-    A relative folder is the project's. Raises UserError where it cannot be written, ValueError where there is no
-    alternative text.
+    Raises UserError where it cannot be written, ValueError where `describe` gave no alternative text.
     """
-    if alt:
-        describe(figure, alt)
     if not figure.get_label():
         raise ValueError(f"{name}: a figure needs alternative text")
     folder = PROJECT / folder
@@ -142,18 +140,14 @@ def faults(figure: Figure) -> list[str]:
     """What a reader could not read: text below SMALLEST points, text off the frame, a figure wider than WIDTH."""
     figure.canvas.draw()
     found = [] if figure.get_figwidth() <= WIDTH else [f"it is {figure.get_figwidth()} inches wide"]
-    marks = [
-        tick for axes in figure.axes for axis in (axes.xaxis, axes.yaxis) for tick in axis.majorTicks + axis.minorTicks
-    ]
-    ticks = {label for tick in marks for label in (tick.label1, tick.label2)}
-    for text in figure.findobj(Text):
-        words = text.get_text().strip()
-        if not words or not text.get_visible():
+    axes = [axis for panel in figure.axes for axis in (panel.xaxis, panel.yaxis)]
+    ticks = {text for axis in axes for text in axis.get_ticklabels(which="both")}  # some beyond the limits, never drawn
+    for text in figure.findobj(lambda artist: isinstance(artist, Text) and artist.get_visible()):
+        if not (words := text.get_text().strip()):
             continue
         if text.get_fontsize() < SMALLEST:
             found.append(f"{words!r} has {text.get_fontsize():g} points")
-        box, frame = text.get_window_extent(), figure.bbox
-        outside = box.x0 < -1 or box.y0 < -1 or box.x1 > frame.x1 + 1 or box.y1 > frame.y1 + 1
-        if outside and text not in ticks:  # there are ticks beyond the limits, never drawn
+        box, frame = text.get_window_extent(), figure.bbox.padded(1)
+        if text not in ticks and not (frame.contains(box.x0, box.y0) and frame.contains(box.x1, box.y1)):
             found.append(f"{words!r} is off the frame")
     return found

@@ -3,35 +3,46 @@
 from collections.abc import Iterable
 
 import numpy as np
+import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from samlib.analysis import regimes
-from samlib.analysis.figures import GREY, describe, figure, legend, look, panel_title
-from samlib.analysis.results import REGIME, NotMeasured, Results, estimates, in_order, mix_name
+from samlib.analysis.figures import GREY, describe, figure, legend, look, panel_title, rho_axis
+from samlib.analysis.results import REGIME, SEEDS, NotMeasured, Results, estimates, in_order, mix_name, setting_name
 from samlib.analysis.stats import Estimate
 
-FIELDS = ("seed", "data_seed", "test_images", "flipped")  # of a run, that an interval needs
-NAMES = {"test_accuracy": "test accuracy, %", "memorized": "flipped labels memorized, %"}
-CHOSEN = "ρ: that of the best accuracy on held-out training images, or the only one; mean and 95 % interval over seeds"
+FIELDS = (*SEEDS, "test_images", "flipped")  # of a run, that an interval needs
+NAMES = {
+    "test_accuracy": "test accuracy, %",
+    "memorized": "flipped labels memorized, %",
+    "validation_accuracy": "accuracy on held-out training images, %",
+}
+CHOSEN = "ρ: that of the best accuracy on held-out training images, or the only one"
 
 
-def named(regime: tuple) -> str:
-    return f"{100 * regime[0]:g} % of the data, {100 * regime[1]:g} % flipped"
+def parts(found: Iterable[Estimate | float], *names: str, scale: float = 100) -> list[np.ndarray]:
+    """Fields of Estimates as arrays, in percent unless scaled otherwise; NaN where there is none."""
+    return [scale * np.array([getattr(e, name, np.nan) for e in found]) for name in names]
 
 
-def band(axes: Axes, x: Iterable, found: list[Estimate], scale: float = 1, **style: object) -> None:
-    """The means as a line, their intervals as a band; scale: 0: the estimates are of logarithms."""
-    parts = (np.array([getattr(e, name) for e in found]) for name in ("value", "low", "high"))
-    value, low, high = (scale * part if scale else np.exp(part) for part in parts)
-    axes.plot(x, value, **style)
-    axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
+def as_estimate(cell: object) -> Estimate:
+    """The cell of a table, in which what is not measured is NaN."""
+    return cell if isinstance(cell, Estimate) else Estimate()
+
+
+def band(axes: Axes, found: dict, log: bool = False, scale: float = 100, **style: object) -> None:
+    """The means of Estimates by x as a line, their intervals as a band; log: they are of logarithms."""
+    value, low, high = parts(found.values(), "value", "low", "high", scale=scale)
+    value, low, high = np.exp([value, low, high]) if log else (value, low, high)
+    axes.plot(list(found), value, **style)
+    axes.fill_between(list(found), low, high, color=style["color"], alpha=0.15, linewidth=0)
 
 
 def curves(results: Results, value: str = "test_accuracy") -> Figure:
     """One value over the epochs, a panel a regime, for each mix. value: of NAMES."""
-    runs = regimes.chosen(results)
-    runs = runs[(runs.status == "done") & ((runs.noise_fraction > 0) | (value != "memorized"))]
+    runs, flips = regimes.chosen(results), value == "memorized"
+    runs = runs[(runs.status == "done") & ((runs.noise_fraction > 0) | (not flips))]
     rows = results.table("metrics", regimes.grid(results, "regimes"), (*FIELDS, "mix", *REGIME))
     rows = rows[rows.run.isin(runs.index)]
     if rows.empty:
@@ -40,22 +51,23 @@ def curves(results: Results, value: str = "test_accuracy") -> Figure:
     drawn, axes = figure(len(sizes), len(noises), 0.7 + 2.1 * len(sizes), sharey=True)
     for (size, noise), part in rows.groupby(list(REGIME)):
         panel = axes[sizes.index(size), noises.index(noise)]
-        panel_title(panel, named((size, noise)))
+        panel_title(panel, setting_name(size, noise))
         for mix in in_order(part.mix):
-            found = estimates(part[part.mix == mix], value, ("epoch",))
-            band(panel, found.index, list(found), 100, **look(mix, markevery=max(1, len(found) // 6)))
-            if value == "memorized" and "memorized_chance" in part:
-                chance = part[part.mix == mix].groupby("epoch").memorized_chance.mean()
-                panel.plot(chance.index, 100 * chance, ":", color=look(mix)["color"], linewidth=0.9)
-    from_zero = value == "memorized"
-    least = 0 if from_zero else 100 * rows.groupby([*REGIME, "mix", "epoch"])[value].mean().min() - 3
+            of_mix = part[part.mix == mix]
+            found = estimates(of_mix, value, ("epoch",)).to_dict()
+            band(panel, found, **look(mix, markevery=max(1, len(found) // 6)))
+            if flips and "memorized_chance" in part:
+                chance = 100 * of_mix.groupby("epoch").memorized_chance.mean()
+                panel.plot(chance.index, chance, ":", color=look(mix)["color"], linewidth=0.9)
+    least = 0 if flips else 100 * rows.groupby([*REGIME, "mix", "epoch"])[value].mean().min() - 3
     for panel in axes[-1]:
         panel.set(xlabel="epoch", ylim=(least, 101))
     drawn.supylabel(NAMES[value], fontsize=9)
     legend(drawn)
-    note = "; dotted: what a network that knows nothing of the flips would predict" if from_zero else ""
+    note = f"{CHOSEN}; mean and 95 % interval over seeds"
+    note += "; dotted: what a network that knows nothing of the flips would predict" * flips
     alt = f"{NAMES[value]} over the epochs of {', '.join(map(mix_name, in_order(rows.mix)))}. A panel a data regime."
-    return describe(drawn, alt, results.caption(runs=runs, note=CHOSEN + note))
+    return describe(drawn, alt, results.caption(runs=runs, note=note))
 
 
 def heatmap(results: Results) -> Figure:
@@ -64,26 +76,25 @@ def heatmap(results: Results) -> Figure:
     table = regimes.gains(runs)
     if table.empty:
         raise NotMeasured(f"no regime of {results.study.title!r} has a pair of runs")
-    sizes, noises = (sorted(runs[name].unique()) for name in REGIME)
-    values = 100 * table.map(lambda e: getattr(e, "value", np.nan)).abs().max().max()
-    drawn, axes = figure(1, table.shape[1], 1.2 + 0.75 * len(sizes), width=1.5 + 1.6 * len(noises) * table.shape[1])
-    for panel, (name, column) in zip(axes[0], table.items(), strict=True):
-        found = [[column.get((size, noise), Estimate()) for noise in noises] for size in sizes]
-        shades = np.array([[100 * getattr(e, "value", np.nan) for e in row] for row in found])
-        image = panel.imshow(shades, cmap="PuOr_r", vmin=-values, vmax=values, aspect="auto")
-        for (i, j), shade in np.ndenumerate(shades):
-            e, dark = found[i][j], abs(shade) > 0.6 * values
-            text = "–" if np.isnan(shade) else e.format(n=False).replace(" points", "") + f"\nn={e.n}"
-            style = {"weight": "bold" if e.excludes() else "normal", "color": "white" if dark else "black"}
-            panel.text(j, i, text, ha="center", va="center", fontsize=9, **style)
-        panel.set_xticks(range(len(noises)), [f"{100 * n:g} %" for n in noises])
-        panel.set_yticks(range(len(sizes)), [f"{100 * s:g} %" for s in sizes])
+    grids = {name: column.unstack("noise_fraction").map(as_estimate) for name, column in table.items()}
+    most, (rows, columns) = (
+        100 * table.map(as_estimate).map(lambda e: abs(e.value)).max().max(),
+        [*grids.values()][0].shape,
+    )
+    drawn, axes = figure(1, len(grids), 1.2 + 0.75 * rows, width=1.5 + 1.6 * columns * len(grids))
+    for panel, (name, cells) in zip(axes[0], grids.items(), strict=True):
+        text = cells.map(lambda e: f"{e.format(n=False)}\nn={e.n}".replace(" points", "") if e.n else "–")
+        style = {"cmap": "PuOr_r", "vmin": -most, "vmax": most, "annot_kws": {"fontsize": 9}, "fmt": ""}
+        style["cbar_kws"] = {"label": "points"}
+        sns.heatmap(cells.map(lambda e: 100 * e.value), annot=text, ax=panel, cbar=panel is axes[0, -1], **style)
+        for label, e in zip(panel.texts, cells.to_numpy().flat, strict=True):
+            label.set_weight("bold" if e.excludes() else "normal")
+        panel.set_xticklabels([f"{100 * noise:g} %" for noise in cells.columns])
+        panel.set_yticklabels([f"{100 * size:g} %" for size in cells.index])
         panel.set(xlabel="labels flipped", ylabel="data")
-        panel.grid(False)
         panel_title(panel, f"{name}, points of test accuracy")
-    drawn.colorbar(image, ax=axes, label="points", pad=0.01)
-    note = f"bold: the 95 % interval excludes zero. {CHOSEN.split(';')[0]}"
     alt = f"{' and '.join(table)} in test accuracy. A cell a regime: data size by label noise."
+    note = f"bold: the 95 % interval excludes zero. {CHOSEN}"
     return describe(drawn, alt, results.caption(runs=runs, note=note))
 
 
@@ -96,20 +107,16 @@ def rivals(results: Results) -> Figure:
     for panel, name in zip(axes[0], names, strict=True):
         panel.axvline(0, color=GREY, linewidth=1)
         for k, (rival, marker) in enumerate(zip(table, "os^D", strict=False)):
-            found = [table[rival].get((*cell, name), Estimate()) for cell in cells]
-            dots(panel, found, np.arange(len(cells)) + 0.27 - 0.18 * k, 100, fmt=marker, color=f"C{k}", label=rival)
-        panel.set(xlabel="points of test accuracy", yticks=range(len(cells)), yticklabels=map(named, cells))
+            value, half = parts([table[rival].get((*cell, name)) for cell in cells], "value", "half")
+            style = {"fmt": marker, "color": f"C{k}", "label": rival, "markersize": 5, "linewidth": 1.2, "capsize": 2}
+            panel.errorbar(value, np.arange(len(cells)) + 0.27 - 0.18 * k, xerr=half, linestyle="", **style)
+        panel.set(xlabel="points of test accuracy", yticks=range(len(cells)))
+        panel.set_yticklabels([setting_name(*cell) for cell in cells])
         panel_title(panel, name)
     legend(drawn)
-    note = "early stopping: at the epoch that is best on held-out training images"
     alt = f"{' and '.join(names)} in test accuracy at the end, and against SGD stopped early or trained twice as long."
+    note = "early stopping: at the epoch that is best on held-out training images"
     return describe(drawn, alt, results.caption("regimes", note=note))
-
-
-def dots(panel: Axes, found: list[Estimate], y: Iterable, scale: float = 1, **style: object) -> None:
-    """Means with their intervals, across."""
-    value, half = (scale * np.array([getattr(e, name) for e in found]) for name in ("value", "half"))
-    panel.errorbar(value, y, xerr=half, markersize=5, linewidth=1.2, capsize=2, linestyle="", **style)
 
 
 def sharpness(results: Results) -> Figure:
@@ -127,63 +134,55 @@ def sharpness(results: Results) -> Figure:
             panel.plot(of_mix.value, 100 * of_mix.gap, **look(mix, linestyle="", markersize=4, alpha=0.8))
         panel.set_xscale("symlog", linthresh=max(1e-4, part.value.abs().quantile(0.1)))
         panel.set_xlabel("nats")
-        panel_title(panel, kind)
+        panel_title(panel, kind.replace(", ", ",\n"))
     axes[0, 0].set_ylabel("gap, points")
     legend(drawn)
-    note = "gap: accuracy on the training labels minus that on the test set; a line: one regime's means"
     alt = "Sharpness against the generalization gap, a point a run. A line joins the means of a regime's mixes."
+    note = "gap: accuracy on the training labels minus that on the test set; a line: one regime's means"
     return describe(drawn, alt, results.caption("regimes", note=note))
 
 
 def sweep(results: Results) -> Figure:
     """Each mix over ρ: held-out accuracy, by which ρ is chosen, test accuracy and memorized flips."""
     table = regimes.sweep(results)
-    name, values = regimes.grid(results, "sweep", "rho"), [c for c in table if c != "chosen"]
+    values = [column for column in table if column != "chosen"]
     drawn, axes = figure(1, len(values), 2.9)
-    words = NAMES | {"validation_accuracy": "accuracy on held-out training images, %"}
     for panel, value in zip(axes[0], values, strict=True):
         for mix in in_order(table.index.get_level_values("mix")):
             part = table.xs(mix, level="mix")
-            y, half = (100 * np.array([getattr(e, of) for e in part[value]]) for of in ("value", "half"))
+            y, half = parts(part[value], "value", "half")
             panel.errorbar(part.index, y, yerr=half, capsize=2, **look(mix))
             at = (part.chosen != "").to_numpy()
             panel.plot(part.index[at], y[at], "o", markersize=12, markerfacecolor="none", color=GREY)
-        panel.set(xscale="log", xlabel="ρ", ylim=(0, None))
-        rhos = sorted(table.index.get_level_values("rho").unique())
-        panel.set_xticks(rhos, [f"{rho:g}" for rho in rhos])
-        panel.minorticks_off()
-        panel_title(panel, words[value])
+        rho_axis(panel, sorted(table.index.get_level_values("rho").unique()))
+        panel.set_ylim(0, None)
+        panel_title(panel, NAMES[value])
     legend(drawn)
-    note = "ringed: the ρ that the held-out images choose, whose labels are flipped as the others are"
     alt = "Accuracy and memorized labels over ρ, for each mix. The ρ that held-out training images choose is ringed."
-    return describe(drawn, alt, results.caption(name, note=note))
+    note = "ringed: the ρ that the held-out images choose, whose labels are flipped as the others are"
+    return describe(drawn, alt, results.caption(regimes.grid(results, "sweep", "rho"), note=note))
 
 
 def batches(results: Results) -> Figure:
     """Experiment 4 over the epochs: training loss, gradient norm and test accuracy of each batch size and rate."""
-    name = regimes.grid(results, "batch")
-    by = ("batch_size", "lr_run", *FIELDS)
+    name, by = regimes.grid(results, "batch"), ["batch_size", "lr_run"]
     metrics = results.table("metrics", name, ("batch_size", "lr", *FIELDS))
     probes = results.table("probes", name, ("batch_size", "lr", "rho", *FIELDS)).query("rho == rho_run")
-    probes = probes.groupby(["run", "epoch", *by], dropna=False).grad_norm.mean().reset_index()
-    panels = {"training loss, nats": (metrics, "eval_train_loss", 0)}
-    panels |= {"gradient norm, mean of an epoch": (probes, "grad_norm", 0)}
-    panels |= {"test accuracy, %": (metrics, "test_accuracy", 100)}
+    probes = probes.groupby(["run", "epoch", *by, *FIELDS], dropna=False).grad_norm.mean().reset_index()
+    panels = {"training loss, nats": (metrics, "eval_train_loss"), NAMES["test_accuracy"]: (metrics, "test_accuracy")}
+    panels["gradient norm, mean of an epoch"] = (probes, "grad_norm")
     drawn, axes = figure(1, 3, 2.9)
-    for panel, (title, (rows, value, scale)) in zip(axes[0], panels.items(), strict=True):
-        for k, ((size, lr), part) in enumerate(rows.groupby(["batch_size", "lr_run"])):
-            part = part if scale else part.assign(**{value: np.log(part[value])})
-            found, words = estimates(part, value, ("epoch",)), f"batch {size}, rate {lr:g}"
+    for panel, (title, (rows, value)) in zip(axes[0], panels.items(), strict=True):
+        log = value != "test_accuracy"
+        rows = rows.assign(**{value: np.log(rows[value])}) if log else rows
+        for k, ((size, lr), part) in enumerate(rows.groupby(by)):
             style = {"color": f"C{k}", "linestyle": ("-", "--", "-.", ":")[k % 4], "marker": "os^D"[k % 4]}
-            band(panel, found.index, list(found), scale, label=words, markersize=4, markevery=0.2, **style)
-        panel.set(xlabel="epoch", yscale="linear" if scale else "log")
-        if scale:
-            panel.set_ylim(100 * rows.test_accuracy.min() - 3, 101)
+            style |= {"label": f"batch {size}, rate {lr:g}", "markersize": 4, "markevery": 0.2}
+            band(panel, estimates(part, value, ("epoch",)).to_dict(), log, 1 if log else 100, **style)
+        panel.set(xlabel="epoch", yscale="log" if log else "linear")
         panel_title(panel, title)
+    axes[0, 1].set_ylim(100 * metrics.test_accuracy.min() - 3, 101)
     legend(drawn)
     alt = "Training loss, gradient norm and test accuracy over the epochs. A line a batch size and learning rate."
-    return describe(
-        drawn,
-        alt,
-        results.caption(name, note="mean, on logarithmic axes the geometric one, and 95 % interval over seeds"),
-    )
+    note = "mean, on logarithmic axes the geometric one, and 95 % interval over seeds"
+    return describe(drawn, alt, results.caption(name, note=note))

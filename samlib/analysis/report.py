@@ -1,16 +1,18 @@
 """The ledger outside a notebook: the README's table and numbers, a study as markdown, its notebooks as one page."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from html import escape
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 
 from samlib import PROJECT
 from samlib.analysis import regimes
-from samlib.analysis.claim import Claim, claims, columns, ledger, measured
+from samlib.analysis.claim import claims, columns, ledger, overall
 from samlib.analysis.results import NotMeasured, Results, load
 from samlib.analysis.stats import NOT_MEASURED
 from samlib.analysis.tables import SHAPES, markdown
@@ -53,16 +55,15 @@ section {{border-top: 3px solid #222; margin-top: 3rem}} a {{color: #0050a0}} .a
 def readme_table(found: Mapping[str, list[Results]]) -> str:
     """The headline claims as markdown, a column a study: verdict, and what was measured."""
     ledgers = {name: ledger(parts) for name, parts in found.items()}
-    lines = [["claim", *ledgers, "read"], ["---"] * (len(ledgers) + 2)]
-    for item in [c for name in HEADLINES for c in claims() if c.name == name]:
-        cells = [table.loc[item.name] for table in ledgers.values()]
-        quote = item.quote if item.quote.startswith("(") else f"“{item.quote}”"
-        number = f"; its number: {item.documented}" if item.documented else ""
-        said = ["" if c.verdict == NOT_MEASURED else f"<br>{c.measured}" for c in cells]
-        verdicts = [f"{SHAPES[c.verdict]} **{c.verdict}**{text}" for c, text in zip(cells, said, strict=True)]
-        read = f"[{item.notebook}](notebooks/{item.notebook}.ipynb)" if item.notebook else ""
-        lines.append([quote + number, *verdicts, read])
-    return "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines) + "\n"
+    of, rows = {c.name: c for c in claims()}, []
+    for item in (of[name] for name in HEADLINES):
+        row = {"claim": item.words + f"; its number: {item.documented}" * bool(item.documented)}
+        for column, table in ledgers.items():
+            said = table.loc[item.name]
+            measured = "" if said.verdict == NOT_MEASURED else f"<br>{said.measured}"
+            row[column] = f"{SHAPES[said.verdict]} **{said.verdict}**{measured}"
+        rows.append(row | {"read": f"[{item.notebook}](notebooks/{item.notebook}.ipynb)"})
+    return markdown(pd.DataFrame(rows)) + "\n"
 
 
 def readme_number(found: Mapping[str, list[Results]], column: str, claim: str, comparison: str | None) -> str:
@@ -70,16 +71,15 @@ def readme_number(found: Mapping[str, list[Results]], column: str, claim: str, c
 
     Raises UserError where there is no such column, claim or comparison.
     """
-    of: dict[str, Claim] = {c.name: c for c in claims()}
-    if column not in found or claim not in of:
+    named = [c for c in claims() if c.name == claim]
+    if column not in found or not named:
         there = ", ".join(found)
         raise UserError(f"README: there is no claim {claim!r} with a column {column!r}; the columns are {there}")
-    if comparison is None:
-        return ledger(found[column]).loc[claim, "verdict"]
-    findings = {f.comparison: str(f.measured) for f in measured(of[claim], found[column])}
-    if comparison not in findings:
-        raise UserError(f"README: {claim} has no comparison {comparison!r}; it has {', '.join(findings)}")
-    return findings[comparison]
+    findings = named[0].findings(*found[column])
+    said = {f.comparison: str(f.measured) for f in findings} | {None: overall(findings)}
+    if comparison not in said:
+        raise UserError(f"README: {claim} has no comparison {comparison!r}; it has {', '.join(filter(None, said))}")
+    return said[comparison]
 
 
 def readme(text: str, found: Mapping[str, list[Results]]) -> str:
@@ -91,31 +91,22 @@ def readme(text: str, found: Mapping[str, list[Results]]) -> str:
 
 def write_readme(project: Path = PROJECT) -> None:
     """Puts what the published runs say into the project's README."""
-    path = project / "README.md"
-    text = path.read_text(encoding="utf-8")
-    found = columns(STUDIES, project / "runs/published")
-    write_atomic(path, readme(text, found).encode())
+    path, found = project / "README.md", columns(STUDIES, project / "runs/published")
+    write_atomic(path, readme(path.read_text(encoding="utf-8"), found).encode())
 
 
 def report(study: Study, root: str | Path) -> str:
     """A study's claims and tables as markdown. Raises UserError where none of its runs is finished."""
     results = load(study, root)
     said = ledger(results)
-    said = said[said.measured.ne("") & said.verdict.ne("not measured")]
-    parts = [f"# {study.title}", f"Data: {study.dataset}. {results.state}.", "## Claims", markdown(said)]
-    for title, function in TABLES.items():
-        parts += _measured(title, function, results)
-    for grid in study.grids:
-        about = {"value": "test_accuracy", "by": ("mix", "rho", *regimes.REGIME), "grid": grid}
-        parts += _measured(f"Test accuracy, grid {grid}", partial(Results.means, **about), results)
+    parts = [f"# {study.title}", f"Data: {study.dataset}. {results.state}."]
+    parts += ["## Claims", markdown(said[said.verdict != NOT_MEASURED])]
+    by = ("mix", "rho", *regimes.REGIME)
+    of_grids = {f"Test accuracy, grid {grid}": partial(Results.means, by=by, grid=grid) for grid in study.grids}
+    for title, function in (TABLES | of_grids).items():
+        with suppress(NotMeasured):
+            parts += [f"## {title}", markdown(function(results))]
     return "\n\n".join(parts)
-
-
-def _measured(title: str, function: Callable, results: Results) -> list[str]:
-    try:
-        return [f"## {title}", markdown(function(results))]
-    except NotMeasured:
-        return []
 
 
 def write_html(study: Study, root: Path, out: Path) -> str:
@@ -138,7 +129,7 @@ def write_html(study: Study, root: Path, out: Path) -> str:
         index.append(f'<li><a href="#{path.stem}">{escape(title)}</a></li>')
     if not sections:
         raise UserError(f"{relative(Path(root) / study.name)}: no executed notebook; `python -m samlib run` makes them")
-    about = escape(f"Data: {study.dataset}.")
+    about = f"Data: {escape(study.dataset)}."
     page = PAGE.format(title=escape(study.title), about=about, index="".join(index), sections="\n".join(sections))
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(out, page.encode())

@@ -143,30 +143,6 @@ def expected_by_chance(intervals: int) -> float:
     return (1 - LEVEL) * intervals
 
 
-def correlation(x: Iterable[float], y: Iterable[float], method: str = "pearson") -> Estimate:
-    """Pearson's or Spearman's correlation of n independent pairs with Fisher's z interval, atanh(r) ± 1.96 sqrt(v).
-
-    v = 1 / (n - 3), for Spearman (1 + r^2 / 2) times that (Bonett and Wright, 2000). No interval for n < 4, no value
-    where x or y is constant. Raises ValueError on NaN, unequal lengths and another method.
-    """
-    x, y = np.asarray(list(x), dtype=float), np.asarray(list(y), dtype=float)  # (n,)
-    if method not in ("pearson", "spearman"):
-        raise ValueError(f"method is {method!r}: use 'pearson' or 'spearman'")
-    if len(x) != len(y) or np.isnan(x).any() or np.isnan(y).any():
-        raise ValueError(f"{len(x)} and {len(y)} values, or NaN among them: leave diverged or missing runs out first")
-    n = len(x)
-    if n < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
-        return Estimate(n=n, signed=True)
-    if method == "spearman":
-        x, y = stats.rankdata(x), stats.rankdata(y)
-    r = float(np.clip(np.corrcoef(x, y)[0, 1], -1, 1))
-    if n <= 3 or abs(r) > 1 - 1e-15:
-        return Estimate(r, n=n, signed=True)
-    variance = (1 + (method == "spearman") * r**2 / 2) / (n - 3)
-    z, half = np.arctanh(r), stats.norm.ppf(UPPER) * np.sqrt(variance)
-    return Estimate(r, float(np.tanh(z - half)), float(np.tanh(z + half)), n, signed=True)
-
-
 def correlation_over_seeds(
     frame: pd.DataFrame, x: str, y: str, over: str | None = "rho", method: str = "pearson"
 ) -> Estimate:
@@ -180,7 +156,7 @@ def correlation_over_seeds(
 
     def by_seed(rows: pd.DataFrame) -> Estimate:
         groups = [part for _, part in rows.dropna(subset=[x, y]).groupby("seed")]
-        values = [correlation(g[x], g[y], method).value if len(g) > 2 else np.nan for g in groups]
+        values = [g[x].corr(g[y], method) if len(g) > 2 else np.nan for g in groups]
         found = mean_interval(values, signed=True)
         return replace(found, low=max(found.low, -1.0), high=min(found.high, 1.0)) if found.n > 1 else found
 

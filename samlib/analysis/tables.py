@@ -35,7 +35,7 @@ STYLE = """<style>
   border-bottom: 1px solid #ccc; white-space: normal}
 .samlib th {border-bottom: 2px solid #222}
 .claims {width: 100%} .claims td {line-height: 1.35} .claims small {color: #555}
-.claims .subject th {font-size: 15px; padding-top: 16px}
+.claims .subject {font-size: 15px; padding-top: 16px}
 .claims .v {padding: 0 7px; border-radius: 9px; white-space: nowrap}
 </style>"""
 
@@ -47,30 +47,40 @@ def word(name: Any) -> str:
 
 def cell(value: Any, name: Any = "") -> str:
     """A cell's text: shares in percent, mixes by name, verdicts with their shape, the rest as it prints itself."""
-    if name in SHARES and isinstance(value, float):
-        return f"{100 * value:g} %"
-    if name == "mix" and isinstance(value, str):
-        return mix_name(value)
     if isinstance(value, float):
-        return "–" if pd.isna(value) else f"{value:.3g}"
+        share = f"{100 * value:g} %" if name in SHARES else f"{value:.3g}"
+        return "–" if pd.isna(value) else share
+    if isinstance(value, str) and name == "mix":
+        return mix_name(value)
     return f"{SHAPES[value]} {value}" if isinstance(value, str) and value in SHAPES else str(value)
+
+
+def of_ledger(table: pd.DataFrame) -> pd.DataFrame:
+    """A ledger's columns that are shown and not empty: a claim once, with its source and its number."""
+    titles = {title for title, _ in DOCUMENTS.values()}
+    source = table.document.where(~table.document.isin(titles), "")
+    number = ("Its number: " + table.documented).where(table.documented != "", "")
+    about = (source + " " + number).str.strip()
+    table = table.assign(claim=table.claim + (" (" + about + ")").where(about != "", ""))
+    again = {column: table[column].mask(table.index.duplicated(), "") for column in ("claim", "rule")}
+    table = table.assign(**again)[[column for column in LEDGER if column in table]]
+    return table.loc[:, (table != "").any()].reset_index(drop=True)
 
 
 def cells(table: pd.DataFrame | pd.Series) -> pd.DataFrame:
     """The table as text under readable names, its index as columns first; where it has no named index, without it."""
     table = table.to_frame(table.name or "value") if isinstance(table, pd.Series) else table
-    table = table.reset_index() if any(table.index.names) and table.index.names != ["name"] else table
-    if table.index.names == ["name"]:  # a ledger: what a claim says, once
-        titles = {title for title, _ in DOCUMENTS.values()}
-        pairs = zip(table.document, table.documented, strict=True)
-        source = [d * (d not in titles) + " Its number: " * bool(n) + n for d, n in pairs]
-        table = table.assign(claim=[c + f" ({s.strip()})" * bool(s) for c, s in zip(table.claim, source, strict=True)])
-        same = {column: table[column].mask(table.index.duplicated(), "") for column in ("claim", "rule")}
-        table = table.assign(**same)[[column for column in LEDGER if column in table]]
-        table = table[[column for column in table if any(table[column] != "")]]
+    if table.index.names == ["name"]:
+        table = of_ledger(table)
+    elif any(table.index.names):
+        table = table.reset_index()
     names = [[part for part in (name if isinstance(name, tuple) else (name,)) if part] for name in table]
     text = {", ".join(map(word, n)): [cell(v, n[0]) for v in table.iloc[:, k]] for k, n in enumerate(names)}
     return pd.DataFrame(text)
+
+
+def not_measured(error: NotMeasured) -> HTML:
+    return HTML(f"<p>Not measured: {escape(str(error))}.</p>")
 
 
 def table(content: Any, *arguments: Any) -> HTML:
@@ -78,11 +88,10 @@ def table(content: Any, *arguments: Any) -> HTML:
     try:
         text = cells(content(*arguments) if callable(content) else content)
     except NotMeasured as error:
-        return HTML(f"<p>Not measured: {escape(str(error))}.</p>")
+        return not_measured(error)
     shortest = 16 if "rule" in text else 34  # of what may be broken into lines
     text = text.map(lambda of: of if len(of) > shortest else of.replace(" ", "\xa0"))
-    html = text.to_html(index=False, border=0, classes="samlib", justify="left", max_rows=None)
-    return HTML(STYLE + html)
+    return HTML(STYLE + text.to_html(index=False, border=0, classes="samlib", justify="left", max_rows=None))
 
 
 def draw(function: Callable, results: Any, name: str, folder: Any, **options: Any) -> Image | HTML:
@@ -91,13 +100,13 @@ def draw(function: Callable, results: Any, name: str, folder: Any, **options: An
         return show(save(function(results, **options), name, folder))
     except NotMeasured as error:
         plt.close("all")  # what it had begun
-        return HTML(f"<p>Not measured: {escape(str(error))}.</p>")
+        return not_measured(error)
 
 
 def markdown(table: pd.DataFrame | pd.Series) -> str:
     """The same table as markdown."""
     text = cells(table).map(lambda t: t.replace("|", "\\|").replace("\n", " "))
-    rows = [list(text.columns), ["---"] * text.shape[1], *text.to_numpy().tolist()]
+    rows = [list(text), ["---"] * text.shape[1], *text.to_numpy().tolist()]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
@@ -105,20 +114,19 @@ def claims_page(found: Mapping[str, list[Results]]) -> HTML:
     """The ledger of all claims: a row a claim under its subject's document, a column a study (claim.columns)."""
     ledgers = {name: ledger(parts) for name, parts in found.items()}
     head = "".join(f'<th style="width:{48 // max(1, len(ledgers))}%">{escape(name)}</th>' for name in ledgers)
-    rows = [f'<tr><th style="width:30%">claim</th><th style="width:22%">rule, fixed before the numbers</th>{head}</tr>']
+    rows = [f'<th style="width:30%">claim</th><th style="width:22%">rule, fixed before the numbers</th>{head}']
     for subject, (title, link) in DOCUMENTS.items():
         heading = f'<a href="{link}">{escape(title)}</a>'
-        rows.append(f'<tr class="subject"><th colspan="{2 + len(ledgers)}">{heading}</th></tr>')
+        rows.append(f'<th class="subject" colspan="{2 + len(ledgers)}">{heading}</th>')
         for item in claims(subject=subject):
             source = f"{item.document}. " if item.document != title else ""
             number = f"Its number: {item.documented}. " if item.documented else ""
-            about = escape(source + number + (f"See {item.notebook}." if item.notebook else ""))
-            rows.append(f"<tr><td>{escape(item.quote)}<br><small>{about}</small></td>")
-            rows[-1] += f"<td><small>{escape(item.rule or 'none: it cannot be measured here')}</small></td>"
-            for table in ledgers.values():
-                of, n = table.loc[item.name], table.loc[item.name, "n"]
-                badge = f'<span class="v" style="{FRAMES[of.verdict]}">{SHAPES[of.verdict]} {of.verdict}</span>'
-                more = f"{of.measured}" + (f"; n = {n}" if n and "n=" not in of.measured else "")
-                rows[-1] += f"<td>{badge}<br><small>{escape(more)}</small></td>"
-            rows[-1] += "</tr>"
-    return HTML(f'{STYLE}<table class="samlib claims">{"".join(rows)}</table>')
+            about = source + number + (f"See {item.notebook}." if item.notebook else "")
+            row = [(escape(item.words), about), ("", item.rule or "none: it cannot be measured here")]
+            for said in (table.loc[item.name] for table in ledgers.values()):
+                badge = f'<span class="v" style="{FRAMES[said.verdict]}">{SHAPES[said.verdict]} {said.verdict}</span>'
+                more = f"; n = {said.n}" if said.n and "n=" not in said.measured else ""
+                row.append((badge, said.measured + more))
+            rows.append("".join(f"<td>{text}<br><small>{escape(small)}</small></td>" for text, small in row))
+    body = "".join(f"<tr>{row}</tr>" for row in rows)
+    return HTML(f'{STYLE}<table class="samlib claims">{body}</table>')
