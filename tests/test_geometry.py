@@ -11,8 +11,7 @@ from samlib.probes import BINS, CHECKPOINTS
 from samlib.study import Study
 
 DRAWN = (
-    "shares", "kinds", "lifts", "running", "ratios", "lengths", "resting", "thresholds", "diagonals", "predictions",
-    "sweep", "leaving",
+    "shares", "kinds", "lifts", "running", "ratios", "thresholds", "predictions", "sweep", "leaving",
 )  # fmt: skip
 LAYERS = {"conv": ("convolution", 600), "fc": ("linear", 200)}
 RADII = (0.01, 0.1, 0.3, 1.0)
@@ -116,6 +115,10 @@ def made(folder, grid: dict, only: tuple = (), rows=tables, **summary):
     return load(study, folder / "runs")
 
 
+def found(results, name: str) -> list:
+    return next(claim for claim in claims(subject="geometry") if claim.name == name).findings(results)
+
+
 BOTH = {"mix": ["sam", "sgd"], "rho": 0.3}
 SWEEP = {"mix": "sam", "rho": [0.1, 0.2, 0.3, 0.4]}
 
@@ -140,9 +143,13 @@ def test_shares_of_active_parameters_and_of_checkpoint_1_sum_to_one(tmp_path):
     assert frame.of_all.to_numpy() == pytest.approx((frame.checkpoint1 * (1 - frame.inactive)).to_numpy())
 
 
-def test_ends_are_the_tenths_of_the_steps_however_densely_they_are_probed():
-    part = pd.DataFrame({"step": [0, 1, 2, 3, 50, 95, 100], "x": [1.0, 1, 1, 1, 9, 5, 7]})
-    assert geometry.ends(part, "x") == (1, 6)
+def test_ends_are_the_tenths_of_the_steps_however_densely_they_are_probed(tmp_path):
+    steps = [0, 1, 2, 3, 4, 10, 50, 89, 95, 100]
+    dense = lambda config: {"probes": [probe(np.random.default_rng(s), s, config.rho) for s in steps]}  # noqa: E731
+    frame = geometry.shares(made(tmp_path, {"mix": "sam", "rho": 0.3, "seed": 1}, rows=dense))
+    assert frame.part.tolist() == ["first tenth"] * 6 + [""] * 2 + ["last tenth"] * 2
+    first, last = frame.checkpoint1[:6].mean(), frame.checkpoint1[8:].mean()
+    assert claims_geometry.rise("checkpoint1")(frame) == pytest.approx(last - first)
 
 
 def test_independent_sets_have_lift_one_and_equal_sets_the_inverse_of_their_share(tmp_path):
@@ -156,8 +163,8 @@ def test_independent_sets_have_lift_one_and_equal_sets_the_inverse_of_their_shar
 @pytest.mark.parametrize(("rows", "verdict"), [(tables, "contradicted"), (staying, "holds")])
 def test_the_claim_that_parameters_stay_needs_more_than_chance(tmp_path, rows, verdict):
     results = made(tmp_path, BOTH, ("overlaps", "intersections"), rows=rows)
-    assert [f.verdict for f in claims_geometry.overlap_is_more_than_chance(results)] == [verdict]
-    (few,) = claims_geometry.few_stay_for_five_steps(results)
+    assert [f.verdict for f in found(results, "overlap_is_more_than_chance")] == [verdict]
+    (few,) = found(results, "few_stay_for_five_steps")
     assert few.verdict == "contradicted" and "by chance" in few.note  # 0.8^5 is more than a tenth
 
 
@@ -195,9 +202,9 @@ def test_checkpoint_1_is_compared_with_the_mean_entry_of_the_others(tmp_path):
 
 
 def test_the_prediction_is_read_at_the_radius_nearest_to_the_runs(tmp_path):
-    frame = geometry.predictions(made(tmp_path, BOTH, ("prediction",)))
-    assert set(frame.radius[frame.own]) == {0.3}
-    assert frame.gain[frame.own].to_numpy() == pytest.approx((0.7 - 0.5) / 0.5)
+    frame = geometry.nearest(geometry.predictions(made(tmp_path, BOTH, ("prediction",))))
+    assert set(frame.radius) == {0.3}
+    assert frame.gain.to_numpy() == pytest.approx((0.7 - 0.5) / 0.5)
 
 
 def test_newcomers_and_survivors_are_those_counted_one_by_one(tmp_path):
@@ -234,8 +241,8 @@ def test_a_correlation_holds_where_it_does_without_any_one_rho(tmp_path):
     results = made(
         tmp_path, SWEEP, rows=falling, test_accuracy=lambda c: 0.9 - c.rho + 0.01 * np.sin(9 * c.seed + 31 * c.rho)
     )
-    assert [f.verdict for f in claims_geometry.checkpoint1_falls_with_rho(results)] == ["holds"]
-    assert [f.verdict for f in claims_geometry.checkpoint1_goes_with_accuracy(results)] == ["holds"]
+    assert [f.verdict for f in found(results, "checkpoint1_falls_with_rho")] == ["holds"]
+    assert [f.verdict for f in found(results, "checkpoint1_goes_with_accuracy")] == ["holds"]
 
 
 def test_a_correlation_that_one_failed_rho_carries_is_undecided(tmp_path):
@@ -243,12 +250,12 @@ def test_a_correlation_that_one_failed_rho_carries_is_undecided(tmp_path):
     results = made(tmp_path, SWEEP, rows=falling, test_accuracy=failed)
     table = geometry.correlations(results)
     assert table["over all ρ"].iloc[0].low > 0 > table["with any one ρ left out"].iloc[0].low
-    assert [f.verdict for f in claims_geometry.checkpoint1_goes_with_accuracy(results)] == ["undecided"]
+    assert [f.verdict for f in found(results, "checkpoint1_goes_with_accuracy")] == ["undecided"]
 
 
 def test_three_rho_are_too_few_to_leave_one_out(tmp_path):
     results = made(tmp_path, SWEEP | {"rho": [0.1, 0.2, 0.3]}, rows=falling, test_accuracy=lambda c: 0.9 - c.rho)
-    assert [f.verdict for f in claims_geometry.checkpoint1_falls_with_rho(results)] == ["undecided"]
+    assert [f.verdict for f in found(results, "checkpoint1_falls_with_rho")] == ["undecided"]
 
 
 @pytest.fixture(scope="module")

@@ -54,7 +54,7 @@ def written(folder, rows=made_up, memorized=lambda config: 0.5, accuracy=lambda 
 
 def test_shares_and_their_chance_levels_are_those_of_a_loop(tmp_path):
     found = noise.probe(written(tmp_path), "ablation").set_index(["mix", "seed", "epoch", "checkpoint"])
-    assert len(found) == 4 * 3 * 2 * 5
+    assert len(found) == 2 * 3 * 2 * 5  # SAM and SGD
     for seed, epoch, code in ((0, 1, 2), (2, 2, 1), (1, 2, 0)):
         row, rows = found.loc[("sam", seed, epoch, code)], [r for r in made_up(seed, epoch) if r["checkpoint"]]
         mine = [r for r in rows if code in (0, r["checkpoint"])]
@@ -79,7 +79,7 @@ def test_flips_that_follow_the_layers_alone_are_not_beyond_chance(tmp_path):
     assert row.sets == pytest.approx(0.74) and row.sets_chance == pytest.approx(row.sets)  # 90 % of it convolutions
     for name in ("sets", "of_g"):
         assert noise.beyond_chance(results, name, 2, "sam")[1.0, 0.4, 0.4].value == pytest.approx(0, abs=1e-12)
-    table = noise.by_checkpoint(results, "ablation", ["sam"], ["kind"])
+    table = noise.by_checkpoint(results, "ablation", ["kind"])
     assert table.loc[("sam", 0.4, "batchnorm", "all"), "flips set the direction"].value == pytest.approx(0.2)
 
 
@@ -88,12 +88,10 @@ def test_n_counts_runs_and_not_probes(tmp_path):
     assert {e.n for column in table for e in table[column]} == {3}
     each = noise.probe(written(tmp_path / "again"), "rho").query("checkpoint == 3 and rho == 0.1 and mix == 'sam'")
     assert table.loc[("sam", 0.1, 3), "flips' share of |g|"].value == pytest.approx(each.of_g.mean())
-    thirds = noise.by_checkpoint(written(tmp_path / "thirds"), "rho", ["sam"], ["third"])
+    thirds = noise.by_checkpoint(written(tmp_path / "thirds"), "rho", ["third"])
     assert set(thirds.index.get_level_values("third")) == {2, 3}  # epochs 1 and 2 of 2
     late = noise.probe(written(tmp_path / "late"), "rho").query("epoch == 2 and checkpoint == 3 and mix == 'sam'")
     assert thirds.loc[("sam", 0.1, 3, 3), "by chance"].value == pytest.approx(late.sets_chance.mean())
-    with pytest.raises(NotMeasured, match="checkpoint1"):
-        noise.by_checkpoint(written(tmp_path / "third"), "rho", ["checkpoint1"])
 
 
 @pytest.mark.parametrize(("more", "verdict"), [(0.1, "holds"), (-0.1, "contradicted")])
@@ -121,7 +119,7 @@ def test_saner_is_compared_at_one_rho_and_each_at_its_own(tmp_path):
 def test_figures_are_readable_and_name_saner(tmp_path):
     results = written(tmp_path)
     figure = figures_noise.probes(results, "ablation")
-    assert faults(figure) == [] and [row.get_ylabel() for row in figure.axes[::4]] == ["SAM", "SGD"]
+    assert faults(figure) == [] and figure.axes[3].get_title(loc="left").startswith("SAM: flips' share")
     figure = figures_noise.memorized_dots(results, "ablation")
     assert faults(figure) == []
     names = [label.get_text() for label in figure.axes[0].get_yticklabels()]

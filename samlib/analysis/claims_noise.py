@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator
 
-from samlib.analysis.ablation import by_setting, words
-from samlib.analysis.claim import Finding, claim
+from samlib.analysis.ablation import by_setting
+from samlib.analysis.claim import ASKED, Finding, claim
 from samlib.analysis.claims_ablation import PAIRED, compared
 from samlib.analysis.noise import COLUMNS, at_own_rho, beyond_chance
-from samlib.analysis.results import Results, mix_name
+from samlib.analysis.results import Results, mix_name, setting_name
 from samlib.analysis.stats import decide
 
 HERE = {"subject": "noise", "notebook": "08_label_noise"}
@@ -23,41 +23,38 @@ def on_flips(results: Results, other: str, value: str, **rule: float) -> Iterato
 
 
 @claim(
-    **HERE,
-    quote="(Paper, in our words) Flipped labels' gradients dominate where 0 < g'/g < 1: in checkpoint 2",
+    **HERE, quote="Flipped labels' gradients dominate where 0 < g'/g < 1: in checkpoint 2 (in our words)",
     rule="beside as many random active parameters of the same kinds of layer, the share of checkpoint 2's parameters "
     "whose direction the flipped images set, and their share of its |g|, mean over a run's probes, and over the last "
     "third of them (added after the first numbers): the interval of the difference lies above zero",
-)
+)  # fmt: skip
 def checkpoint2_carries_the_flips(results: Results) -> Iterator[Finding]:
     for mix in ("sam", "sgd"):
         for name in ("sets", "of_g"):
             for third, when in ((None, ""), (3, " in the last third")):
                 for at, found in beyond_chance(results, name, 2, mix, third).items():
-                    comparison = f"{mix_name(mix)}, {COLUMNS[name]}{when}: {words(*at)}"
+                    comparison = f"{mix_name(mix)}, {COLUMNS[name]}{when}: {setting_name(*at)}"
                     yield Finding(comparison, found, decide(found, above=0))
 
 
 @claim(
-    **HERE,
-    quote="(Paper, in our words) Scaling checkpoint 2 down (α = 0.5) memorizes fewer flipped labels than SAM",
+    **HERE, quote="Scaling checkpoint 2 down, α = 0.5, memorizes fewer flipped labels than SAM (in our words)",
     rule=f"memorized flips, SANER minus SAM, {PAIRED}, and each at its own: the interval lies below zero",
-)
+)  # fmt: skip
 def saner_memorizes_less(results: Results) -> Iterator[Finding]:
     yield from on_flips(results, "sam", "memorized", below=0)
 
 
 @claim(
-    **HERE,
-    quote="(Paper, in our words) Under label noise SANER tests above SAM",
+    **HERE, quote="Under label noise SANER tests above SAM (in our words)",
     rule=f"test accuracy, SANER minus SAM, {PAIRED}, and each at its own: the interval lies above zero",
-)
+)  # fmt: skip
 def saner_beats_sam(results: Results) -> Iterator[Finding]:
     yield from on_flips(results, "sam", "test_accuracy", above=0)
 
 
 @claim(
-    **HERE, document="asked here",
+    **HERE, document=ASKED,
     quote="It has to be checkpoint 2 that SANER scales, not as many random parameters",
     rule=f"SANER minus SANER with checkpoints shuffled in each layer, {PAIRED}: memorized flips below zero, test "
     "accuracy above",

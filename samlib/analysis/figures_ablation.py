@@ -1,15 +1,17 @@
-"""Figures of the checkpoint ablation: every update beside SGD, SAM and its controls, and over ρ."""
+"""Figures of 06 and 08: every update beside SGD, SAM and its controls, at one ρ, and over ρ."""
 
 import textwrap
-from contextlib import suppress
+from collections.abc import Iterable
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 from samlib.analysis import ablation, figures
-from samlib.analysis.figures import look
-from samlib.analysis.results import NotMeasured, Results, in_order, mix_name
+from samlib.analysis.ablation import Grids
+from samlib.analysis.figures import look, rho_axis
+from samlib.analysis.figures_geometry import CHANCE, lines
+from samlib.analysis.results import NotMeasured, Results, in_order, mix_name, trainings
 from samlib.analysis.stats import Estimate, expected_by_chance
 
 TITLES = {"test_accuracy": "test accuracy", "memorized": "flips memorized", "eval_train_accuracy": "training accuracy"}
@@ -22,111 +24,88 @@ def drawn(e: Estimate) -> tuple[float, float]:
     return scale * e.value, scale * np.nan_to_num(e.half)
 
 
-def dots(panels: dict[str, pd.Series], alt: str, caption: str, chance: pd.Series | None = None) -> Figure:
-    """A row an update, a panel a quantity: its Estimates by mix. SAM's value is carried down as a line; n stands
-    beside an update with fewer runs. Limits are around the means: an interval much wider than their range is cut off.
-    chance: Estimates that are ticks in the second panel."""
-    mixes = in_order(mix for found in panels.values() for mix in found.index)
-    n = {mix: max(found[mix].n for found in panels.values() if mix in found) for mix in mixes}
-    figure, axes = figures.figure(1, len(panels), height=1.2 + 0.23 * len(mixes), sharey=True)
-    for ax, (title, found) in zip(axes[0], panels.items(), strict=True):
-        for mix, e in found.items():
-            value, half = drawn(e)
-            style = look(mix, linestyle="", capsize=2.5, elinewidth=1.1)
-            ax.errorbar(value, mixes.index(mix), xerr=half or None, **style)
-        values = [drawn(e)[0] for e in found]
-        if found.iloc[0].signed:
-            ax.axvline(0, color=look("sgd")["color"], linewidth=1)
-            values.append(0)
-        if "sam" in found:
-            ax.axvline(drawn(found["sam"])[0], color=look("sam")["color"], linestyle="--", linewidth=1, zorder=1)
-        if chance is not None and ax is axes[0, 1]:
-            ticks = [drawn(e)[0] for e in chance]
-            ax.plot(ticks, [mixes.index(mix) for mix in chance.index], "|", color=figures.GREY, markersize=12)
-        room = 0.5 * np.ptp(values) or 1.0
-        ax.set_xlim(max(min(values) - room, ax.get_xlim()[0]), min(max(values) + room, ax.get_xlim()[1]))
-        figures.panel_title(ax, title)
-        ax.set_xlabel(found.iloc[0].unit)
-    labels = [mix_name(mix) + f" (n={n[mix]})" * (n[mix] < max(n.values())) for mix in mixes]
-    axes[0, 0].set_yticks(range(len(mixes)), labels)
-    axes[0, 0].set_ylim(len(mixes) - 0.5, -0.5)
-    return figures.describe(figure, alt, caption)
-
-
-def at_shown_rho(found: pd.Series, rho: float) -> pd.Series:
+def at(rho: float, found: pd.Series) -> pd.Series:
     """Of Estimates by mix and ρ those at one ρ and SGD's, that are measured, by mix."""
-    keep = [not np.isnan(e.value) and (mix == "sgd" or at == rho) for (mix, at), e in found.items()]
+    keep = [not np.isnan(e.value) and (mix == "sgd" or here == rho) for (mix, here), e in found.items()]
     return found[keep].droplevel("rho")
 
 
-def caption(results: Results, grid: str | None, note: str) -> str:
-    """Results.caption of the runs at `shown_rho`."""
-    runs = results.runs(grid)
-    return results.caption(runs=runs[(runs.rho == ablation.shown_rho(results, grid)) | (runs.mix == "sgd")], note=note)
-
-
-def difference_dots(results: Results, grid: str | None, values: tuple[str, ...], alt: str) -> Figure:
-    """The differences to SGD, paired by seed, at one ρ; a panel a quantity that is measured."""
-    rho = ablation.shown_rho(results, grid)
-    found = {v: at_shown_rho(ablation.differences(results, v, grid=grid), rho) for v in values}
-    panels = {TITLES[value]: estimates for value, estimates in found.items() if len(estimates)}
-    if not panels:
-        raise NotMeasured("no finished run has an SGD partner")
-    intervals = sum(not np.isnan(e.half) for estimates in panels.values() for e in estimates)
-    note = "minus SGD's, paired by seed: mean and 95 % interval, which may leave the frame"
-    note += f"; by chance alone {expected_by_chance(intervals):.1f} of the {intervals} intervals would exclude zero"
-    return dots(panels, alt, caption(results, grid, note))
-
-
-def accuracy_dots(results: Results, grid: str | None = None) -> Figure:
-    alt = "Test accuracy, memorized labels and training accuracy of every update minus SGD's, beside its controls."
-    return difference_dots(results, grid, ("test_accuracy", "memorized", "eval_train_accuracy"), alt)
-
-
-def sharpness_dots(results: Results, grid: str | None = None) -> Figure:
-    alt = "Sharpness at the end of every update minus SGD's, four measures, beside its controls; left is flatter."
-    return difference_dots(results, grid, tuple(ablation.SHARPNESS), alt)
-
-
-def over_rho(results: Results, grids: list[str], values: tuple[str, ...], alt: str) -> Figure:
-    """Quantities over ρ, a line an update that was trained at several, SGD as a band; dotted, what chance memorizes."""
-    runs = results.runs(grids)
-    mixes = in_order(mix for mix, rhos in runs[runs.mix != "sgd"].groupby("mix").rho if rhos.nunique() > 1)
-    if not mixes:
-        raise NotMeasured("no update was trained at several ρ")
-    levels = {}
+def dots(results: Results, values: Iterable[str], alt: str, grid: Grids = None, minus: str = "") -> Figure:
+    """A row an update, a panel a value: its level at one ρ with what chance memorizes as a tick, or its difference to
+    an update. SAM's value is carried down as a line; n stands beside an update with fewer runs. Limits are around the
+    means: an interval much wider than their range is cut off."""
+    rho, panels = ablation.shown_rho(results, grid), {}
     for value in values:
-        with suppress(NotMeasured):
-            levels[value] = ablation.levels(results, value, grids)
-    figure, axes = figures.figure(1, len(levels), height=3.4)
-    for ax, (value, found) in zip(axes[0], levels.items(), strict=True):
-        chance = ablation.levels(results, "memorized_chance", grids) if value == "memorized" else None
-        for place, mix in enumerate(mixes):
-            line = found[found.index.get_level_values("mix") == mix].droplevel("mix")
-            if line.empty:
-                continue
-            means, halves = zip(*map(drawn, line), strict=True)
-            x = line.index.to_numpy() * 1.02 ** (place - len(mixes) / 2)  # intervals beside each other
-            ax.errorbar(x, means, yerr=halves, **look(mix, capsize=2.5, elinewidth=0.8))
-            if chance is not None:
-                line = [drawn(e)[0] for e in chance.xs(mix, level="mix")]
-                ax.plot(x, line, color=look(mix)["color"], linestyle=":", linewidth=1)
-        if "sgd" in found.index.get_level_values("mix"):
-            level, half = drawn(found.xs("sgd", level="mix").iloc[0])
-            ax.axhline(level, **look("sgd", marker=""))
-            ax.axhspan(level - half, level + half, color=look("sgd")["color"], alpha=0.1, linewidth=0)
-        ticks = sorted(runs.rho[runs.mix.isin(mixes)].unique())
-        ax.set_xscale("log")
-        ax.set_xticks(ticks, [f"{rho:g}" for rho in ticks])
-        ax.set_xticks([], minor=True)
-        ax.set(xlabel="ρ", ylabel=found.iloc[0].unit)
-        figures.panel_title(ax, TITLES[value])
-    figures.legend(figure, columns=6)
-    note = "mean and 95 % interval over seeds" + "; dotted: memorized by chance alone" * ("memorized" in values)
-    return figures.describe(figure, alt, results.caption(runs=runs[runs.mix.isin(["sgd", *mixes])], note=note))
+        of_value = ablation.differences(results, value, minus, grid) if minus else ablation.levels(results, value, grid)
+        if len(found := at(rho, of_value)):
+            panels[value] = found
+    if not panels:
+        raise NotMeasured(f"no finished run at ρ = {rho:g} has {' or '.join(TITLES[value] for value in values)}")
+    mixes = in_order(mix for found in panels.values() for mix in found.index)
+    n = {mix: max(found[mix].n for found in panels.values() if mix in found) for mix in mixes}
+    figure, [row] = figures.figure(1, len(panels), height=1.2 + 0.23 * len(mixes), sharey=True)
+    for axes, (value, found) in zip(row, panels.items(), strict=True):
+        means = [drawn(e)[0] for e in found] + [0] * bool(minus)
+        for mix, e in found.items():
+            style = look(mix, linestyle="", capsize=2.5, elinewidth=1.1)
+            axes.errorbar(drawn(e)[0], mixes.index(mix), xerr=drawn(e)[1] or None, **style)
+        if minus:
+            axes.axvline(0, color=look(minus)["color"], linewidth=1)
+        if "sam" in found:
+            axes.axvline(drawn(found["sam"])[0], color=look("sam")["color"], linestyle="--", linewidth=1, zorder=1)
+        if value == "memorized" and not minus:
+            chance = at(rho, ablation.levels(results, "memorized_chance", grid)).map(lambda e: drawn(e)[0])
+            axes.plot(chance, [mixes.index(mix) for mix in chance.index], "|", color=figures.GREY, markersize=12)
+        room, (low, high) = 0.5 * np.ptp(means) or 1.0, axes.get_xlim()
+        axes.set_xlim(max(min(means) - room, low), min(max(means) + room, high))
+        figures.panel_title(axes, TITLES[value])
+        axes.set_xlabel(found.iloc[0].unit)
+    labels = [mix_name(mix) + f" (n={n[mix]})" * (n[mix] < max(n.values())) for mix in mixes]
+    row[0].set_yticks(range(len(mixes)), labels)
+    row[0].set_ylim(len(mixes) - 0.5, -0.5)
+    note = "mean and 95 % interval over seeds; grey ticks: by chance alone"
+    if minus:
+        intervals = sum(not np.isnan(e.half) for found in panels.values() for e in found)
+        note = f"minus {mix_name(minus)}'s, paired by seed: mean and 95 % interval, which may leave the frame; by "
+        note += f"chance alone {expected_by_chance(intervals):.1f} of the {intervals} intervals would exclude zero"
+    runs = results.runs(grid)
+    runs = runs[(runs.rho == rho) | (runs.mix == "sgd")]
+    return figures.describe(figure, alt, results.caption(runs=runs, note=note))
 
 
-def accuracy_over_rho(results: Results, grids: list[str]) -> Figure:
-    alt = "Test accuracy, training accuracy and sharpness over ρ, for SGD, SAM and its variants."
-    values = ("test_accuracy", "eval_train_accuracy", "random directions, normalized logits")
-    return over_rho(results, grids, values, alt)
+def accuracy_dots(results: Results, grid: Grids = None) -> Figure:
+    alt = "Test accuracy, memorized labels and training accuracy of every update minus SGD's, beside its controls."
+    return dots(results, ("test_accuracy", "memorized", "eval_train_accuracy"), alt, grid, minus="sgd")
+
+
+def sharpness_dots(results: Results, grid: Grids = None) -> Figure:
+    alt = "Sharpness at the end of every update minus SGD's, four measures, beside its controls; left is flatter."
+    return dots(results, ablation.SHARPNESS, alt, grid, minus="sgd")
+
+
+def over_rho(
+    results: Results, grids: Grids, values: Iterable[str] = ("test_accuracy", "eval_train_accuracy")
+) -> Figure:
+    """Accuracies over ρ, a line an update that was trained at several; below, minus SAM's at the same ρ."""
+    mixes, runs = ablation.swept(results, grids), trainings(results.runs(grids)).reset_index(names="run")
+    rhos, panels = sorted(runs.rho[runs.mix.isin(mixes)].unique()), {}
+    sgd = pd.concat(runs[runs.mix == "sgd"].assign(rho=rho) for rho in rhos)  # which has no ρ
+    rows = {"sgd": sgd} | {mix: runs[runs.mix == mix] for mix in mixes}
+    for value in values:
+        found = panels[f"{TITLES[value]}, %"] = [(part, value, look(mix)) for mix, part in rows.items() if len(part)]
+        if value == "memorized":
+            found += [(p, "memorized_chance", s | CHANCE | {"color": s["color"]}) for p, _, s in found]
+    for value in values:
+        pairs = {mix: ablation.paired(results, mix, "sam", value, grids) for mix in mixes if mix != "sam"}
+        panels[f"{TITLES[value]} minus SAM's, points"] = [
+            (part.reset_index(names="run"), "difference", look(mix)) for mix, part in pairs.items() if len(part)
+        ]
+    alt = f"{' and '.join(TITLES[value] for value in values)} over ρ, by update; below, minus SAM's at the same ρ."
+    note = "dotted: memorized by chance alone; below: paired by seed" if "memorized" in values else "paired by seed"
+    figure = lines(results, panels, "rho", "ρ", alt.capitalize(), note, rows=2, sharey=False)
+    for axes in figure.axes:
+        rho_axis(axes, rhos, "")
+    for axes in figure.axes[len(panels) // 2 :]:
+        axes.set_xlabel("ρ")
+        axes.axhline(0, **look("sam", marker=""))
+    return figure

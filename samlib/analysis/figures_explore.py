@@ -9,24 +9,22 @@ import numpy as np
 import pandas as pd
 import torch
 from ipywidgets import HTML, VBox
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from samlib.analysis import figures
 from samlib.analysis.figures import look
-from samlib.analysis.results import NotMeasured, found_path, mix_order
+from samlib.analysis.results import found_path, mix_order
 from samlib.config import UserError
 from samlib.probes import BINS, CHECKPOINTS, RATIO_EDGES
 from samlib.runs import load_runs, load_table
 from samlib.sam import SAM, checkpoint_codes
 
 START, LR, STEPS = (-1.6, 2.0), 0.2, 60
-CURVES = {  # of metrics.csv: its name, and how it is drawn
-    "test_accuracy": ("test accuracy", "black", "-"),
-    "eval_train_accuracy": ("training accuracy", figures.GREY, "--"),
-    "memorized": ("flips memorized", "#843C39", ":"),
+CURVES = {  # of metrics.csv: how it is drawn
+    "test_accuracy": {"label": "test accuracy", "color": "black"},
+    "eval_train_accuracy": {"label": "training accuracy", "color": figures.GREY, "linestyle": "--"},
+    "memorized": {"label": "flips memorized", "color": "#843C39", "linestyle": ":"},
 }
-RATIOS = [f"{a:g}–{b:g}" for a, b in zip((1, *RATIO_EDGES), RATIO_EDGES, strict=False)] + [f"≥ {RATIO_EDGES[-1]:g}"]
 
 
 def valley(w1: Any, w2: Any) -> Any:
@@ -44,10 +42,9 @@ def path(rho: float) -> pd.DataFrame:
         g = w.grad
         optimizer.first_step()
         valley(*w).backward()
-        codes = checkpoint_codes(g, w.grad)
+        rows.append(here + checkpoint_codes(g, w.grad).tolist())
         optimizer.second_step()
         optimizer.zero_grad()
-        rows.append(here + codes.tolist())
     return pd.DataFrame(rows, columns=["w1", "w2", "checkpoint_w1", "checkpoint_w2"])
 
 
@@ -82,55 +79,38 @@ def runs_below(root: str | Path) -> pd.DataFrame:
     return runs.loc[sorted(runs.index, key=lambda name: (-probes[name], mix_order(runs.mix[name])))]
 
 
-def rows_at(table: str, run: pd.Series, done: float) -> pd.DataFrame:
-    """The rows, at its own radius, of the last probe before a share of a run's steps was done; run: of runs_below."""
-    rows = load_table(table, run.below, [run.name])
-    if rows.empty:
-        raise NotMeasured(f"{run.name} has no table {table!r}: its configuration asks for none")
-    rows = rows[rows.rho == run.rho] if "rho" in rows else rows
-    return rows[rows.step == rows.step[rows.step <= done * run.steps].max()]
-
-
-def draw_curves(axes: Axes, run: pd.Series, done: float) -> None:
-    metrics = load_table("metrics", run.below, [run.name])
-    for column, (label, color, line) in CURVES.items():
-        if column in metrics and metrics[column].notna().any():
-            axes.plot(metrics.step, 100 * metrics[column], label=label, color=color, linestyle=line)
-    axes.axvline(done * run.steps, color=figures.GREY, linewidth=0.8)
-    axes.set(xlabel="step", ylabel="%", ylim=(0, 103))
-
-
-def draw_layers(axes: Axes, run: pd.Series, done: float) -> None:
-    rows = rows_at("layers", run, done).set_index("layer")
-    shares = 100 * rows[[*CHECKPOINTS[1:], CHECKPOINTS[0]]].div(rows.parameters, axis=0)
-    for name, ends in shares.cumsum(axis=1).items():
-        bar = {"color": look(name)["color"], "edgecolor": "white", "linewidth": 0.3, "label": look(name)["label"]}
-        axes.barh(range(len(shares)), shares[name], left=ends - shares[name], height=0.9, **bar)
-    every = -(-len(shares) // 16)
-    about = f"% of a layer's parameters, step {rows.step.iloc[0]}"
-    axes.set(ylim=(len(shares) - 0.5, -0.5), xlim=(0, 100), xlabel=about)
-    axes.set_yticks(range(0, len(shares), every), shares.index[::every])
-
-
-def draw_ratios(axes: Axes, run: pd.Series, done: float) -> None:
-    row = rows_at("probes", run, done).iloc[0]
-    axes.bar(RATIOS, 100 * row[list(BINS)].astype(float) / row.checkpoint1, color=look("checkpoint1")["color"])
-    axes.tick_params("x", rotation=45)
-    axes.set(xlabel="|g'| / |g|", ylabel="% of checkpoint 1")
-    figures.panel_title(axes, f"step {row.step:.0f}")
-
-
 def beside(runs: pd.DataFrame, done: float, **names: str) -> Figure:
-    """A row a run: its curves, and at its last probe before a share of its steps was done, its checkpoints by layer
-    and the ratios in checkpoint 1; what it does not have is left empty. runs: of runs_below; names: of some of them."""
+    """A row a run: its curves, and at its last probe before a share of its steps was done, at its own radius, its
+    checkpoints by layer and the ratios in checkpoint 1; what it does not have is left empty. runs: of runs_below;
+    names: of some of them."""
     figure, axes = figures.figure(len(names), 3, height=0.8 + 2.8 * len(names), width_ratios=(5, 6, 5))
-    for row, name in zip(axes, names.values(), strict=True):
-        for panel, draw in zip(row, (draw_curves, draw_layers, draw_ratios), strict=True):
-            try:
-                draw(panel, runs.loc[name], done)
-            except NotMeasured:
+    for (curves, by_layer, ratios), name in zip(axes, names.values(), strict=True):
+        run = runs.loc[name]
+        metrics, layers, probes = (load_table(table, run.below, [name]) for table in ("metrics", "layers", "probes"))
+        for column, style in CURVES.items():
+            if column in metrics and metrics[column].notna().any():
+                curves.plot(metrics.step, 100 * metrics[column], **style)
+        curves.axvline(done * run.steps, color=figures.GREY, linewidth=0.8)
+        curves.set(xlabel="step", ylabel="%", ylim=(0, 103))
+        figures.panel_title(curves, name)
+        if probes.empty or layers.empty:
+            for panel in (by_layer, ratios):
                 panel.set(xticks=[], yticks=[], xlabel="not measured in this run")
-        figures.panel_title(row[0], name)
+            continue
+        step = probes.step[probes.step <= done * run.steps].max()
+        layers, probe = layers[layers.step == step], probes[(probes.step == step) & (probes.rho == run.rho)].iloc[0]
+        shares = 100 * layers[[*CHECKPOINTS[1:], CHECKPOINTS[0]]].div(layers.parameters, axis=0)
+        for code, ends in shares.cumsum(axis=1).items():
+            bar = {"color": look(code)["color"], "edgecolor": "white", "linewidth": 0.3, "label": look(code)["label"]}
+            by_layer.barh(range(len(shares)), shares[code], left=ends - shares[code], height=0.9, **bar)
+        every = -(-len(shares) // 16)
+        by_layer.set(ylim=(len(shares) - 0.5, -0.5), xlim=(0, 100), xlabel=f"% of a layer's parameters, step {step}")
+        by_layer.set_yticks(range(0, len(shares), every), layers.layer.iloc[::every])
+        edges = [f"from {edge:g}" for edge in (1, *RATIO_EDGES)]
+        ratios.bar(edges, 100 * probe[list(BINS)].astype(float) / probe.checkpoint1, color=look("checkpoint1")["color"])
+        ratios.tick_params("x", rotation=45)
+        ratios.set(xlabel="|g'| / |g|", ylabel="% of checkpoint 1")
+        figures.panel_title(ratios, f"step {step}")
     figures.legend(figure, columns=4)
     about = f"Accuracies, checkpoints by layer and ratios after {done:.0%} of the steps: {' and '.join(names.values())}"
     return figures.describe(figure, about)

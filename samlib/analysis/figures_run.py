@@ -15,14 +15,10 @@ STYLE = {"figure.dpi": 80, "font.size": 9, "axes.grid": True, "grid.alpha": 0.3,
 CHECKPOINTS = {1: "#0072B2", 2: "#56B4E9", 3: "#E69F00", 4: "#CC79A7"}  # Okabe-Ito, as in every figure
 CURVES = {  # of a panel: the column of metrics.csv, its name
     "loss": {"train_loss": "training, during the epoch", "eval_train_loss": "training", "test_loss": "test"},
-    "accuracy in %": {
-        "train_accuracy": "training, during the epoch",
-        "eval_train_accuracy": "training",
-        "test_accuracy": "test",
-        "memorized": "flipped labels memorized",
-        "corrected": "flipped labels corrected",
-    },
-}
+    "accuracy in %": {"train_accuracy": "training, during the epoch", "eval_train_accuracy": "training",
+                      "test_accuracy": "test", "memorized": "flipped labels memorized",
+                      "corrected": "flipped labels corrected"},
+}  # fmt: skip
 
 
 def training_curves(run: Run) -> Image:
@@ -65,16 +61,12 @@ def final_numbers(run: Run) -> pd.DataFrame:
     else:
         rows["test accuracy"] = f"{100 * summary['test_accuracy']:.2f} %"
         rows["training accuracy, on the labels trained on"] = f"{100 * summary['eval_train_accuracy']:.2f} %"
-        rows["gap in points"] = f"{100 * (summary['eval_train_accuracy'] - summary['test_accuracy']):.2f}"
-        if summary["flipped"]:
-            rows["flipped labels memorized"] = f"{100 * summary['memorized']:.2f} % of {summary['flipped']:,}"
-            rows["flipped labels corrected"] = f"{100 * summary['corrected']:.2f} % of {summary['flipped']:,}"
-        if len(probes):
-            last = probes[(probes.rho == run.config.rho) & (probes.epoch == probes.epoch.max())]
-            for k in CHECKPOINTS:
-                rows[f"parameters in checkpoint {k}, mean of the last epoch"] = (
-                    f"{100 * last[f'checkpoint{k}'].mean():.2f} %"
-                )
+        for name in ("memorized", "corrected") if summary["flipped"] else ():
+            rows[f"flipped labels {name}"] = f"{100 * summary[name]:.2f} % of {summary['flipped']:,}"
+        last = probes[(probes.rho == run.config.rho) & (probes.epoch == probes.epoch.max())] if len(probes) else probes
+        for k in CHECKPOINTS if len(last) else ():
+            share = f"{100 * last[f'checkpoint{k}'].mean():.2f} %"
+            rows[f"parameters in checkpoint {k}, mean of the last epoch"] = share
     rows["training images"], rows["test images"] = f"{summary['train_images']:,}", f"{summary['test_images']:,}"
     rows["steps"], rows["gradient evaluations"] = f"{summary['steps']:,}", f"{summary['gradient_evaluations']:,}"
     rows["seconds"], rows["on"] = f"{summary['seconds']:,.1f}", summary["device_name"]

@@ -11,45 +11,50 @@ import numpy as np
 import pandas as pd
 
 from samlib import PROJECT
-from samlib.analysis.results import REGIME, SEEDS, NotMeasured, Results, chosen_rho, mix_name, mix_order, trainings
+from samlib.analysis.results import (
+    REGIME,
+    SEEDS,
+    NotMeasured,
+    Results,
+    chosen_rho,
+    mix_name,
+    mix_order,
+    once,
+    trainings,
+)
 from samlib.analysis.stats import correlation_over_seeds, lift, mean_interval
 from samlib.probes import BINS, CHECKPOINTS, RATIO_EDGES
 
 SETTING = ("mix", "rho", *REGIME)  # SGD's rho is the radius that it is probed at
+ENDS = ("first tenth", "last tenth")  # of a run's steps
 DOCUMENT = {  # its shares at the start and at the end of training
     "checkpoint1": (0.60, 0.60), "checkpoint2": (0.40, 0.20), "checkpoint3": (0.03, 0.10), "checkpoint4": (0.03, 0.06),
 }  # fmt: skip
-RATIOS = dict(zip(BINS, (f"ratio from {edge:g}" for edge in (1, *RATIO_EDGES)), strict=True))  # |g'| / |g|
 LAGS = np.array([1, 2, 5, 10, 20, 50, *(k * 10**e for e in range(2, 6) for k in (1, 2, 5))])  # steps
 REFERENCE = PROJECT / "notebooks/reference/flatness_thresholds.csv"
 
 
-def grids(results: Results, notebook: str) -> list[str]:
-    """The loaded grids that the study reads in this notebook; all loaded ones where it names none of them."""
-    read = [(a.grid, *a.parameters.values()) for a in results.study.notebooks if a.notebook[:2] == notebook]
-    return [grid for grid in results.grids if grid in sum(read, ())] or list(results.grids)
-
-
+@once
 def rows(results: Results, name: str, notebook: str = "02") -> pd.DataFrame:
-    """A table's rows with the fields of SETTING, `seed`, `setting`, SETTING in words, and `radius`, the table's own ρ.
+    """A table's rows, of the loaded grids that the study reads in this notebook (of all, where it names none of them),
+    with the fields of SETTING, `seed`, `setting`, SETTING in words, and `radius`, the table's own ρ.
 
     Raises NotMeasured where no run has it, or where runs of one setting and seed differ in something else.
     """
-    grid = grids(results, notebook)
+    read = sum(((a.grid, *a.parameters.values()) for a in results.study.notebooks if a.notebook[:2] == notebook), ())
+    grid = [grid for grid in results.grids if grid in read] or list(results.grids)
     frame, runs = results.table(name, grid, (*SETTING, "seed", "steps_per_epoch", "probe_every")), results.runs(grid)
     if "rho_run" in frame:
         frame = frame.rename(columns={"rho": "radius", "rho_run": "rho"})
     runs = trainings(runs[(runs.status == "done") & runs.index.isin(frame.run)])
     if runs.empty or runs.duplicated([*SETTING, *SEEDS]).any():
         raise NotMeasured(f"{name}: its runs diverged, or differ in more than mix, ρ, regime and seed: read one grid")
+    runs = runs.sort_values(list(SETTING), key=lambda x: x.map(mix_order) if x.name == "mix" else x)
+    setting = runs.mix.map(mix_name) + runs.rho.map(", ρ = {:g}".format)
+    for field, words in zip(REGIME, (", {:.3g} % of the data", ", {:.3g} % flipped"), strict=True):
+        setting += (100 * runs[field]).map(words.format) if runs[field].nunique() > 1 else ""
     frame = frame[frame.run.isin(runs.index)].reset_index(drop=True)
-    fields = list(zip(*(frame[field] for field in SETTING), strict=True))
-    units = [(k, unit) for k, unit in ((2, "of the data"), (3, "flipped")) if len({f[k] for f in fields}) > 1]
-    names = {
-        f: ", ".join([mix_name(f[0]), f"ρ = {f[1]:g}", *(f"{100 * f[k]:g} % {unit}" for k, unit in units)])
-        for f in sorted(set(fields), key=lambda f: (mix_order(f[0]), *f[1:]))
-    }
-    return frame.assign(setting=pd.Categorical([names[f] for f in fields], list(names.values())))
+    return frame.assign(setting=pd.Categorical(frame.run.map(setting), setting.unique()))
 
 
 def by_setting(
@@ -57,36 +62,34 @@ def by_setting(
 ) -> pd.Series:
     """The mean over a setting's runs, an Estimate by setting and `also`. value: a column, or a number from one run's
     rows."""
-    keys, found = ["setting", *also], {}
-    for (*key, _), part in frame.groupby([*keys, "run"], observed=True):
-        number = value(part) if callable(value) else part[value].mean()
-        found.setdefault(tuple(key) if len(key) > 1 else key[0], []).append(number)
-    estimates = pd.Series({key: mean_interval(n, unit=unit, signed=signed) for key, n in found.items()}, dtype=object)
-    return estimates.rename_axis(keys)
+    keys = ["setting", *also]
+    groups = frame.groupby([*keys, "run"], observed=True)
+    runs = groups.apply(value, include_groups=False) if callable(value) else groups[value].mean()
+    return runs.groupby(keys, observed=True).agg(mean_interval, unit=unit, signed=signed)
 
 
-def ends(part: pd.DataFrame, column: str) -> tuple[float, float]:
-    """A run's means over the first and the last tenth of its steps."""
-    done = (part.step - part.step.min()) / max(1, np.ptp(part.step))
-    return part[column][done <= 0.1].mean(), part[column][done >= 0.9].mean()
+def last(frame: pd.DataFrame) -> pd.DataFrame:
+    """Each run's rows at its last measured epoch."""
+    return frame[frame.epoch == frame.groupby("run").epoch.transform("max")]
 
 
+def nearest(frame: pd.DataFrame) -> pd.DataFrame:
+    """Each run's rows at the radius nearest to its ρ."""
+    away = np.log(frame.radius / frame.rho).abs()
+    return frame[away == away.groupby(frame.run).transform("min")]
+
+
+@once
 def shares(results: Results) -> pd.DataFrame:
     """Each `probe_every`-th step's probe at the run's own radius: checkpoints, the bins as shares of checkpoint 1,
-    `length` = ‖g'‖ / ‖g‖, and `at`, in epochs."""
+    `length` = ‖g'‖ / ‖g‖, `at`, in epochs, and `part`, of ENDS or ""."""
     frame = rows(results, "probes")
     frame = frame[(frame.radius == frame.rho) & (frame.step % frame.probe_every.clip(1) == 0)]
     frame = frame.assign(**frame[list(BINS)].div(frame.checkpoint1, axis=0), of_all=frame.checkpoint1)
     frame = frame.assign(**frame[list(CHECKPOINTS[1:])].div(1 - frame.inactive, axis=0))
-    return frame.assign(at=frame.step / frame.steps_per_epoch, length=frame.grad_norm_sam / frame.grad_norm)
-
-
-def tenths(results: Results) -> pd.DataFrame:
-    """`shares` of the first and the last tenth of the steps alone, `part` in words."""
-    frame = shares(results)
     done = frame.step / frame.groupby("run").step.transform("max")
-    frame["part"] = np.select([done <= 0.1, done >= 0.9], ["first tenth", "last tenth"], "")
-    return frame[frame.part != ""]
+    frame["part"] = np.select([done <= 0.1, done >= 0.9], ENDS, "")
+    return frame.assign(at=frame.step / frame.steps_per_epoch, length=frame.grad_norm_sam / frame.grad_norm)
 
 
 def kinds(results: Results) -> pd.DataFrame:
@@ -103,8 +106,7 @@ def lifts(results: Results) -> pd.DataFrame:
     layers; `about`: the nearest of LAGS."""
     frame = rows(results, "overlaps")
     about = LAGS[np.abs(np.log(frame.lag.to_numpy()[:, None] / LAGS)).argmin(1)]
-    frame = frame.assign(about=about, lift=lift(frame.overlap, frame.chance))
-    return frame.assign(share=frame.overlap / frame.reference_size, by_chance=frame.chance / frame.reference_size)
+    return frame.assign(about=about, lift=lift(frame.overlap, frame.chance), share=frame.overlap / frame.reference_size)
 
 
 def running(results: Results) -> pd.DataFrame:
@@ -125,11 +127,6 @@ def resting(results: Results) -> pd.DataFrame:
     return found.assign(beyond=(found.significant - found.chance) / (1 - found.chance)).reset_index()
 
 
-def last(frame: pd.DataFrame) -> pd.DataFrame:
-    """Each run's rows at its last measured epoch."""
-    return frame[frame.epoch == frame.groupby("run").epoch.transform("max")]
-
-
 def thresholds(results: Results) -> pd.DataFrame:
     """Project 1: of checkpoint 1 the share above its threshold, and by chance within layers; `done`, of training; the
     document's row that is nearest to it."""
@@ -138,7 +135,6 @@ def thresholds(results: Results) -> pd.DataFrame:
     near = theirs.iloc[[(theirs.epoch / theirs.epoch.max() - done).abs().argmin() for done in frame.done]]
     frame["their_share"] = near.percent_of_checkpoint1_above.to_numpy() / 100
     frame["their_threshold"] = near.threshold.to_numpy()
-    frame["document"] = [f"{row.percent_of_checkpoint1_above} %, {row.threshold:.1e}" for row in near.itertuples()]
     frame = frame.assign(share=frame.above / frame.checkpoint1, by_chance=frame.chance / frame.checkpoint1)
     return frame.assign(lift=lift(frame.above, frame.chance))
 
@@ -155,10 +151,8 @@ def diagonals(results: Results) -> pd.DataFrame:
 
 def predictions(results: Results) -> pd.DataFrame:
     """The share of codes that g + ρ H g / ‖g‖ gets right at the last epoch, by radius and activation, beside calling
-    all by the commonest; `gain`: of those that this misses; `own`: the radius nearest to the run's ρ."""
+    all by the commonest; `gain`: of those that this misses."""
     frame = last(rows(results, "prediction", "03"))
-    away = np.log(frame.radius / frame.rho).abs()
-    frame = frame.assign(own=away == away.groupby(frame.run).transform("min"))
     return frame.assign(gain=(frame.right - frame.constant) / (1 - frame.constant))
 
 
@@ -172,8 +166,9 @@ def sweep(results: Results) -> pd.DataFrame:
     frame = frame[frame.step >= 0.75 * frame.groupby("run").step.transform("max")]
     share = (frame.checkpoint1 / (1 - frame.inactive)).groupby([frame.run, frame.radius]).mean().unstack()
     found = frame.groupby("run")[[*SETTING, "seed", "setting"]].first()
-    common = share.dropna(axis=1).reindex(columns=[*share.dropna(axis=1).columns, np.nan]).iloc[:, 0]
-    found = found.assign(own=[share.loc[run, rho] for run, rho in found.rho.items()], common=common, radius=common.name)
+    shared = list(share.dropna(axis=1))
+    found = found.assign(own=[share.loc[run, rho] for run, rho in found.rho.items()])
+    found = found.assign(common=share[shared[0]] if shared else np.nan, radius=shared[0] if shared else np.nan)
     found = found.join(results.runs()[["status", "test_accuracy", "validation_accuracy"]]).reset_index()
     best = {key: chosen_rho(part, key[0])[""] for key, part in found.groupby(["mix", *REGIME])}
     keys = zip(found.mix, found.data_fraction, found.noise_fraction, strict=True)
@@ -185,13 +180,12 @@ def correlations(results: Results) -> pd.DataFrame:
     wide enough for any one ρ left out."""
     found, words = {}, {"own": "at the run's own ρ", "common": "at one common radius"}
     for (mix, *regime), part in sweep(results).groupby(["mix", *REGIME], sort=False):
-        for share, method in ((s, m) for s in words for m in ("pearson", "spearman")):
-            key = (mix_name(mix), *(f"{100 * x:g} %" for x in regime), words[share], method.title())
-            whole = correlation_over_seeds(part, share, "test_accuracy", over=None, method=method)
-            left = correlation_over_seeds(part, share, "test_accuracy", method=method)
+        for share, where in words.items():
+            whole, left = (correlation_over_seeds(part, share, "test_accuracy", over=over) for over in (None, "rho"))
             left = left if part.rho.nunique() > 3 else "too few ρ"
+            key = (mix_name(mix), *(f"{100 * x:g} %" for x in regime), where)
             found[key] = {"over all ρ": whole, "with any one ρ left out": left}
-    return pd.DataFrame(found).T.rename_axis(["rule", *REGIME, "checkpoint 1", "correlation"])
+    return pd.DataFrame(found).T.rename_axis(["rule", *REGIME, "checkpoint 1"])
 
 
 def leaving(results: Results) -> pd.DataFrame:
@@ -206,46 +200,38 @@ def leaving(results: Results) -> pd.DataFrame:
     return sums.assign(share=share, survival=sums.still / first, newcomers=1 - sums.still / sums.checkpoint1)
 
 
-# What `table` shows: of which rows, split by what, which columns, in which unit (None: words, as they are).
+# What `table` shows: of which rows, split by what, which columns as shares, and which as plain numbers.
 TABLES = {
-    "shares": (tenths, ("part",), dict.fromkeys((*DOCUMENT, "inactive"), "%")),
-    "ratios": (tenths, ("part",), dict.fromkeys(BINS, "%")),
-    "lengths": (tenths, ("part",), {"grad_norm": "", "length": "", "cosine": ""}),
-    "kinds": (lambda r: kinds(r).query("epoch >= 0.75 * epoch.max()"), ("kind",), dict.fromkeys(CHECKPOINTS, "%")),
-    "lifts": (lifts, ("batch", "about"), {"lift": "", "share": "%"}),
-    "running": (running, ("batch", "later"), {"share": "%", "by_chance": "%"}),
-    "resting": (lambda r: last(resting(r)), (), dict.fromkeys(("significant", "beyond", "moving"), "%")
-                | {"gradient": "", "detectable": ""}),
-    "thresholds": (thresholds, ("epoch",), {"share": "%", "by_chance": "%", "threshold": "", "document": None}),
-    "diagonals": (diagonals, ("checkpoint",), {"mean": ""}),
-    "sharper": (diagonals, (), {"sharper": "", "spearman": ""}),
-    "predictions": (lambda r: predictions(r).query("own"), ("activation",), dict.fromkeys(("right", "constant"), "%")),
-    "sweep": (sweep, (), dict.fromkeys(("own", "common", "validation_accuracy", "test_accuracy"), "%")
-              | {"chosen": None}),
-    "correlations": (correlations, (), {}),
-    "leaving": (lambda r: leaving(r)[lambda f: f.radius.rank(method="dense") % 3 == 1], ("radius",),
-                dict.fromkeys(("share", "survival", "newcomers"), "%")),
+    "shares": (lambda r: shares(r).query("part != ''"), ["part"], [*DOCUMENT, "inactive"], []),
+    "ratios": (lambda r: shares(r).query("part != ''"), ["part"], list(BINS), ["length", "cosine"]),
+    "kinds": (lambda r: kinds(r).query("epoch >= 0.75 * epoch.max()"), ["kind"], list(CHECKPOINTS), []),
+    "lifts": (lifts, ["batch", "about"], ["share"], ["lift"]),
+    "resting": (lambda r: last(resting(r)), [], ["significant", "beyond", "moving"], ["gradient", "detectable"]),
+    "thresholds": (thresholds, ["epoch"], ["share", "by_chance"], ["threshold"]),
+    "diagonals": (diagonals, ["checkpoint"], [], ["mean", "median"]),
+    "sharper": (diagonals, [], [], ["sharper", "spearman"]),
+    "predictions": (lambda r: nearest(predictions(r)), ["activation"], ["right", "constant"], []),
+    "sweep": (sweep, ["chosen"], ["own", "common", "validation_accuracy", "test_accuracy"], []),
+    "leaving": (lambda r: leaving(r)[lambda f: f.radius.rank(method="dense") % 3 == 1], ["radius"],
+                ["share", "survival", "newcomers"], []),
 }  # fmt: skip
-WORDS = {c: c.replace("checkpoint", "checkpoint ") for c in CHECKPOINTS} | RATIOS | {
-    "grad_norm": "‖g‖", "length": "‖g'‖ / ‖g‖", "cosine": "cosine of g and g'", "about": "steps later, about",
-    "later": "steps later", "by_chance": "by chance", "significant": "gradient differs from zero",
-    "beyond": "the same beyond chance", "moving": "would move by 1 % in an epoch", "gradient": "median |gradient|",
-    "detectable": "least gradient that differs", "document": "the document's",
-    "mean": "mean diagonal entry",
-    "sharper": "checkpoint 1 over the others", "spearman": "Spearman with |g|", "right": "predicted right",
-    "constant": "the commonest code", "own": "checkpoint 1, own ρ", "common": "checkpoint 1, common radius",
-    "test_accuracy": "test accuracy", "validation_accuracy": "held-out training images", "chosen": "ρ",
+WORDS = {c: c.replace("checkpoint", "checkpoint ") for c in CHECKPOINTS} | {
+    name: f"ratio from {edge:g}" for name, edge in zip(BINS, (1, *RATIO_EDGES), strict=True)
+} | {
+    "length": "‖g'‖ / ‖g‖", "cosine": "cosine of g and g'", "about": "steps later, about",
+    "significant": "gradient differs from zero", "beyond": "the same beyond chance",
+    "moving": "would move by 1 % in an epoch", "gradient": "median |gradient|",
+    "detectable": "least gradient that differs", "sharper": "checkpoint 1's mean entry over the others'",
+    "spearman": "Spearman with |g|", "right": "predicted right", "constant": "the commonest code",
+    "own": "checkpoint 1, own ρ", "common": "checkpoint 1, common radius",
 }  # fmt: skip
 
 
 def table(results: Results, name: str) -> pd.DataFrame:
     """One of TABLES: Estimates, a row a setting, part of training and the like. Raises NotMeasured."""
-    function, also, units = TABLES[name]
+    function, also, shares, numbers = TABLES[name]
     frame = function(results)
-    if not units:
-        return frame
-    words = frame.groupby(["setting", *also], observed=True).first()
-    found = {c: words[c] if unit is None else by_setting(frame, c, also, unit) for c, unit in units.items()}
-    found = pd.DataFrame(found).rename_axis(["setting", *also])
+    units = dict.fromkeys(shares, "%") | dict.fromkeys(numbers, "")
+    found = pd.DataFrame({column: by_setting(frame, column, also, unit) for column, unit in units.items()})
     found = found.unstack("setting", sort=False) if also and len(units) < 4 else found
     return found.rename(columns=WORDS).rename_axis([WORDS.get(level, level) for level in found.index.names])

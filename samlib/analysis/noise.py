@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from samlib.analysis.results import REGIME, NotMeasured, Results, chosen_rho, pairs
+from samlib.analysis.results import REGIME, NotMeasured, Results, at_chosen_rho, once, pairs
 from samlib.analysis.stats import mean_interval
 from samlib.probes import NOISE_SUMS
 
@@ -21,22 +21,25 @@ COLUMNS = {  # of `by_checkpoint`
     "of_g": "flips' share of |g|", "of_g_chance": "of it by chance", "of_g_sam": "flips' share of |g'|",
     "flipped_grows": "flips' part, g' over g", "clean_grows": "clean part, g' over g",
 }  # fmt: skip
+WHERE = [*REGIME, "rho"]
 
 
+@once
 def probe(results: Results, grid: str | None = None, by: Sequence[str] = ()) -> pd.DataFrame:
-    """A row a probe, checkpoint (0: all active parameters) and `by` (kind, third of training): the RATIOS, each with
-    its `_chance`, that of as many random active parameters of the same kinds of layer, `share` of the active
+    """A row a probe of SAM or SGD, checkpoint (0: all active parameters) and `by` (kind, third of training): RATIOS,
+    each with its `_chance`, that of as many random active parameters of the same kinds of layer, `share` of the active
     parameters, and `images`, the share of the probed images that are flipped. Raises NotMeasured."""
-    rows = results.table("noise", grid, fields=("mix", *REGIME, "rho", "seed"))
-    rows, sums = rows[rows.checkpoint > 0], list(NOISE_SUMS)
+    rows, sums = results.table("noise", grid, ("mix", *WHERE, "seed")), list(NOISE_SUMS)
+    rows = rows[(rows.checkpoint > 0) & rows.mix.isin(["sam", "sgd"])]
+    if rows.empty:
+        raise NotMeasured("no finished run of SAM or SGD has noise probes")
     thirds = np.ceil(3 * rows.epoch / rows.groupby("run").epoch.transform("max"))
-    rows = rows.assign(third=thirds.astype(int))
-    one = ["run", "mix", *REGIME, "rho", "seed", "epoch"]
+    rows, one = rows.assign(third=thirds.astype(int)), ["run", "mix", *WHERE, "seed", "epoch"]
     kind = rows.groupby([*one, "kind"])[sums].transform("sum")
     chance = kind.mul(rows.parameters / kind.parameters.where(kind.parameters > 0), axis=0).add_suffix("_chance")
     rows = pd.concat([rows, chance], axis=1)
-    rows = pd.concat([rows, rows.assign(checkpoint=0)]).groupby([*one, *by, "checkpoint"])
-    total, first = rows[[*sums, *chance]].sum(), rows[["flipped", "images"]].first()
+    groups = pd.concat([rows, rows.assign(checkpoint=0)]).groupby([*one, *by, "checkpoint"])
+    total, first = groups[[*sums, *chance]].sum(), groups[["flipped", "images"]].first()
     found = {"images": first.flipped / first.images, "share": total.parameters / total.parameters.xs(0, level=-1)}
     for name, (above, below) in RATIOS.items():
         for end in ("", "_chance"):
@@ -44,21 +47,14 @@ def probe(results: Results, grid: str | None = None, by: Sequence[str] = ()) -> 
     return pd.DataFrame(found).reset_index()
 
 
-def by_checkpoint(
-    results: Results, grid: str | None = None, mixes: Sequence[str] = ("sam", "sgd"), by: Sequence[str] = ()
-) -> pd.DataFrame:
+def by_checkpoint(results: Results, grid: str | None = None, by: Sequence[str] = ()) -> pd.DataFrame:
     """COLUMNS of `probe`, without shares of |g| where `by` makes the parts small: the mean over a run's probes and then
     over seeds, a row a mix, ρ, `by` and checkpoint."""
-    rows = probe(results, grid, by)
-    rows = rows[rows.mix.isin(mixes)]
-    if rows.empty:
-        raise NotMeasured(f"no finished run of {' or '.join(mixes)} has the table 'noise'")
     cell = ["mix", "rho", *by, "checkpoint"]
     names = [name for name in COLUMNS if not (by and name.startswith("of_g"))]
-    runs = rows.groupby([*cell, "run"])[names].mean().groupby(cell)
-    units = {name: "" if name.endswith("grows") else "%" for name in names}
-    table = {COLUMNS[name]: runs[name].agg(mean_interval, unit=units[name]) for name in names}
-    return pd.DataFrame(table).rename(index=lambda code: "all" if code == 0 else code, level="checkpoint")
+    runs = probe(results, grid, by).groupby([*cell, "run"])[names].mean().groupby(cell)
+    found = {COLUMNS[n]: runs[n].agg(mean_interval, unit="" if n.endswith("grows") else "%") for n in names}
+    return pd.DataFrame(found).rename(index=lambda code: "all" if code == 0 else code, level="checkpoint")
 
 
 def beyond_chance(results: Results, name: str, checkpoint: int, mix: str, third: int | None = None) -> pd.Series:
@@ -66,14 +62,10 @@ def beyond_chance(results: Results, name: str, checkpoint: int, mix: str, third:
     data, flips and ρ."""
     rows = probe(results, by=["third"]).query("checkpoint == @checkpoint and mix == @mix")
     rows = rows[rows.third == third] if third else rows
-    where = [*REGIME, "rho"]
-    runs = rows.assign(more=rows[name] - rows[f"{name}_chance"]).groupby([*where, "run"]).more.mean()
-    return runs.groupby(where).agg(mean_interval, unit="points", signed=True)
+    runs = rows.assign(more=rows[name] - rows[f"{name}_chance"]).groupby([*WHERE, "run"]).more.mean()
+    return runs.groupby(WHERE).agg(mean_interval, unit="points", signed=True)
 
 
 def at_own_rho(results: Results, a: str, b: str, value: str) -> pd.DataFrame:
     """`pairs` of two updates, each at the ρ that its own held-out accuracy chooses in that setting."""
-    plan, where = results.planned(), [*REGIME, "augment"]
-    chosen = {(mix, *at): rho for mix in (a, b) for at, rho in chosen_rho(results.runs(), mix, where).items()}
-    best = [chosen.get(key) for key in plan[["mix", *where]].itertuples(index=False, name=None)]
-    return pairs(plan[plan.rho == best], a, b, value, but=("rho",))
+    return pairs(at_chosen_rho(results.planned(), (*REGIME, "augment")), a, b, value, but=("rho",))
