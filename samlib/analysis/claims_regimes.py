@@ -6,7 +6,7 @@ import pandas as pd
 
 from samlib.analysis import regimes
 from samlib.analysis.claim import ASKED, Finding, claim
-from samlib.analysis.results import Results, setting_name
+from samlib.analysis.results import Results, once, setting_name
 from samlib.analysis.stats import CONTRADICTED, HOLDS, NOT_MEASURED, UNDECIDED, Estimate, decide, sign_count
 
 DATA = {"subject": "regimes", "notebook": "05_data_regimes"}
@@ -20,6 +20,7 @@ def of_sam(table: pd.DataFrame) -> pd.Series:
     return table["SAM − SGD"].dropna() if "SAM − SGD" in table else pd.Series(dtype=object)
 
 
+@once
 def gain(results: Results, data: float | None = None, grid: str = "regimes", augment: bool | None = None) -> pd.Series:
     """SAM's by regime; data: only that of this much of it and clean labels; augment: only of such runs."""
     runs = regimes.chosen(results, grid)

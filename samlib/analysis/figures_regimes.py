@@ -90,7 +90,7 @@ def heatmap(results: Results) -> Figure:
         for label, e in zip(panel.texts, cells.to_numpy().flat, strict=True):
             label.set_weight("bold" if e.excludes() else "normal")
         panel.set_xticklabels([f"{100 * noise:g} %" for noise in cells.columns])
-        panel.set_yticklabels([f"{100 * size:g} %" for size in cells.index])
+        panel.set_yticklabels([f"{100 * size:g} %" for size in cells.index], rotation=0)
         panel.set(xlabel="labels flipped", ylabel="data")
         panel_title(panel, f"{name}, points of test accuracy")
     alt = f"{' and '.join(table)} in test accuracy. A cell a regime: data size by label noise."

@@ -113,6 +113,7 @@ class Results:
         kind = rows.measure.replace("random", "random directions")
         return rows.assign(kind=kind + rows.logits.map({"raw": "", "normalized": ", normalized logits"}))
 
+    @once
     def pairs(
         self, a: Any, b: Any, value: str = "test_accuracy", grid: Grids = None, but: Sequence[str] = ()
     ) -> pd.DataFrame:
