@@ -111,7 +111,7 @@ def outputs(run: Run) -> list:
     cells = nbformat.read(run.folder / "train.ipynb", 4).cells
     kept = [(cell.get("execution_count"), o) for cell in cells for o in cell.get("outputs", [])]
     kept = [item for item in kept if item[1].get("name") != "stderr" and "widget" not in str(item[1])]
-    return [line for line in str(kept).replace(str(run.root), "").split(",") if "second" not in line]
+    return [line for line in str(kept).replace(str(run.folder.parent), "").split(",") if "second" not in line]
 
 
 @pytest.mark.faults
