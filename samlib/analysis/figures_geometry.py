@@ -35,10 +35,10 @@ def curve(axes: Axes, frame: pd.DataFrame, x: str, y: str, scale: float = 100, *
 
 def lines(
     results: Results, panels: dict[str, Lines], x: str, xlabel: str, alt: str, note: str = "", scale: float = 100,
-    rows: int = 1, sharey: bool | str = True, **options: Any,
+    rows: int = 1, sharex: bool | str = "col", sharey: bool | str = True, **options: Any,
 ) -> Figure:  # fmt: skip
     """Panels in rows, each with its `curve`s. options: of Axes.set, for all panels."""
-    figure, grid = figures.figure(rows, len(panels) // rows, 1.2 + 2.0 * rows, sharex=rows > 1, sharey=sharey)
+    figure, grid = figures.figure(rows, len(panels) // rows, 1.2 + 2.0 * rows, sharex=sharex, sharey=sharey)
     shown = set()
     for axes, (title, content) in zip(grid.flat, panels.items(), strict=True):
         for frame, y, style in content:

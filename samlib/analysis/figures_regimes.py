@@ -1,18 +1,15 @@
 """Figures of the notebooks 05 and 07: data regimes, and large batches."""
 
-from collections.abc import Iterable
-
 import numpy as np
 import seaborn as sns
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from samlib.analysis import regimes
 from samlib.analysis.figures import GREY, describe, figure, legend, look, panel_title, rho_axis
-from samlib.analysis.results import REGIME, SEEDS, NotMeasured, Results, estimates, in_order, mix_name, setting_name
+from samlib.analysis.figures_geometry import CHANCE, lines
+from samlib.analysis.results import REGIME, NotMeasured, Results, in_order, mix_name, setting_name, trainings
 from samlib.analysis.stats import Estimate
 
-FIELDS = (*SEEDS, "test_images", "flipped")  # of a run, that an interval needs
 NAMES = {
     "test_accuracy": "test accuracy, %",
     "memorized": "flipped labels memorized, %",
@@ -21,53 +18,36 @@ NAMES = {
 CHOSEN = "ρ: that of the best accuracy on held-out training images, or the only one"
 
 
-def parts(found: Iterable[Estimate | float], *names: str, scale: float = 100) -> list[np.ndarray]:
-    """Fields of Estimates as arrays, in percent unless scaled otherwise; NaN where there is none."""
-    return [scale * np.array([getattr(e, name, np.nan) for e in found]) for name in names]
-
-
 def as_estimate(cell: object) -> Estimate:
     """The cell of a table, in which what is not measured is NaN."""
     return cell if isinstance(cell, Estimate) else Estimate()
-
-
-def band(axes: Axes, found: dict, log: bool = False, scale: float = 100, **style: object) -> None:
-    """The means of Estimates by x as a line, their intervals as a band; log: they are of logarithms."""
-    value, low, high = parts(found.values(), "value", "low", "high", scale=scale)
-    value, low, high = np.exp([value, low, high]) if log else (value, low, high)
-    axes.plot(list(found), value, **style)
-    axes.fill_between(list(found), low, high, color=style["color"], alpha=0.15, linewidth=0)
 
 
 def curves(results: Results, value: str = "test_accuracy") -> Figure:
     """One value over the epochs, a panel a regime, for each mix. value: of NAMES."""
     runs, flips = regimes.chosen(results), value == "memorized"
     runs = runs[(runs.status == "done") & ((runs.noise_fraction > 0) | (not flips))]
-    rows = results.table("metrics", regimes.grid(results, "regimes"), (*FIELDS, "mix", *REGIME))
+    rows = results.table("metrics", regimes.grid(results, "regimes"), ("mix", *REGIME))
     rows = rows[rows.run.isin(runs.index)]
     if rows.empty:
         raise NotMeasured(f"no run of {results.study.title!r} has flipped labels")
-    sizes, noises = (sorted(rows[name].unique()) for name in REGIME)
-    drawn, axes = figure(len(sizes), len(noises), 0.7 + 2.1 * len(sizes), sharey=True)
-    for (size, noise), part in rows.groupby(list(REGIME)):
-        panel = axes[sizes.index(size), noises.index(noise)]
-        panel_title(panel, setting_name(size, noise))
-        for mix in in_order(part.mix):
-            of_mix = part[part.mix == mix]
-            found = estimates(of_mix, value, ("epoch",)).to_dict()
-            band(panel, found, **look(mix, markevery=max(1, len(found) // 6)))
-            if flips and "memorized_chance" in part:
-                chance = 100 * of_mix.groupby("epoch").memorized_chance.mean()
-                panel.plot(chance.index, chance, ":", color=look(mix)["color"], linewidth=0.9)
+    panels = {}
+    for regime, part in rows.groupby(list(REGIME)):
+        mixes = [(part[part.mix == mix], look(mix)) for mix in in_order(part.mix)]
+        panels[setting_name(*regime)] = [(of_mix, value, style) for of_mix, style in mixes]
+        if flips and "memorized_chance" in part:
+            panels[setting_name(*regime)] += [
+                (of_mix, "memorized_chance", CHANCE | {"color": style["color"]}) for of_mix, style in mixes
+            ]
+    sizes = rows.data_fraction.nunique()
+    whole = len(panels) == sizes * rows.noise_fraction.nunique()
     least = 0 if flips else 100 * rows.groupby([*REGIME, "mix", "epoch"])[value].mean().min() - 3
-    for panel in axes[-1]:
-        panel.set(xlabel="epoch", ylim=(least, 101))
-    drawn.supylabel(NAMES[value], fontsize=9)
-    legend(drawn)
-    note = f"{CHOSEN}; mean and 95 % interval over seeds"
-    note += "; dotted: what a network that knows nothing of the flips would predict" * flips
     alt = f"{NAMES[value]} over the epochs of {', '.join(map(mix_name, in_order(rows.mix)))}. A panel a data regime."
-    return describe(drawn, alt, results.caption(runs=runs, note=note))
+    note = CHOSEN + "; dotted: what a network that knows nothing of the flips would predict" * flips
+    shape = {"rows": sizes if whole else 1, "sharex": False, "ylim": (least, 101)}
+    drawn = lines(results, panels, "epoch", "epoch", alt, note, **shape)
+    drawn.supylabel(NAMES[value], fontsize=9)
+    return drawn
 
 
 def heatmap(results: Results) -> Figure:
@@ -107,7 +87,8 @@ def rivals(results: Results) -> Figure:
     for panel, name in zip(axes[0], names, strict=True):
         panel.axvline(0, color=GREY, linewidth=1)
         for k, (rival, marker) in enumerate(zip(table, "os^D", strict=False)):
-            value, half = parts([table[rival].get((*cell, name)) for cell in cells], "value", "half")
+            found = [table[rival].get((*cell, name), Estimate()) for cell in cells]
+            value, half = 100 * np.array([(e.value, e.half) for e in found]).T
             style = {"fmt": marker, "color": f"C{k}", "label": rival, "markersize": 5, "linewidth": 1.2, "capsize": 2}
             panel.errorbar(value, np.arange(len(cells)) + 0.27 - 0.18 * k, xerr=half, linestyle="", **style)
         panel.set(xlabel="points of test accuracy", yticks=range(len(cells)))
@@ -144,45 +125,34 @@ def sharpness(results: Results) -> Figure:
 
 def sweep(results: Results) -> Figure:
     """Each mix over ρ: held-out accuracy, by which ρ is chosen, test accuracy and memorized flips."""
-    table = regimes.sweep(results)
-    values = [column for column in table if column != "chosen"]
-    drawn, axes = figure(1, len(values), 2.9)
-    for panel, value in zip(axes[0], values, strict=True):
-        for mix in in_order(table.index.get_level_values("mix")):
-            part = table.xs(mix, level="mix")
-            y, half = parts(part[value], "value", "half")
-            panel.errorbar(part.index, y, yerr=half, capsize=2, **look(mix))
-            at = (part.chosen != "").to_numpy()
-            panel.plot(part.index[at], y[at], "o", markersize=12, markerfacecolor="none", color=GREY)
-        rho_axis(panel, sorted(table.index.get_level_values("rho").unique()))
-        panel.set_ylim(0, None)
-        panel_title(panel, NAMES[value])
-    legend(drawn)
+    table, name = regimes.sweep(results), regimes.grid(results, "sweep", "rho")
+    runs, panels = trainings(results.runs(name)).reset_index(names="run"), {}
+    mixes = {mix: runs[runs.mix == mix] for mix in in_order(table.index.get_level_values("mix"))}
+    for value in table.columns.drop("chosen"):
+        panels[NAMES[value]] = [(part, value, look(mix)) for mix, part in mixes.items()]
     alt = "Accuracy and memorized labels over ρ, for each mix. The ρ that held-out training images choose is ringed."
     note = "ringed: the ρ that the held-out images choose, whose labels are flipped as the others are"
-    return describe(drawn, alt, results.caption(regimes.grid(results, "sweep", "rho"), note=note))
+    drawn = lines(results, panels, "rho", "ρ", alt, note, sharey=False, ylim=(0, None))
+    chosen = table[table.chosen != ""]
+    for panel, value in zip(drawn.axes, table.columns.drop("chosen"), strict=True):
+        rho_axis(panel, sorted(table.index.get_level_values("rho").unique()))
+        y = [100 * e.value for e in chosen[value]]
+        panel.plot(chosen.index.get_level_values("rho"), y, "o", markersize=12, markerfacecolor="none", color=GREY)
+    return drawn
 
 
 def batches(results: Results) -> Figure:
     """Experiment 4 over the epochs: training loss, gradient norm and test accuracy of each batch size and rate."""
     name, by = regimes.grid(results, "batch"), ["batch_size", "lr_run"]
-    metrics = results.table("metrics", name, ("batch_size", "lr", *FIELDS))
-    probes = results.table("probes", name, ("batch_size", "lr", "rho", *FIELDS)).query("rho == rho_run")
-    probes = probes.groupby(["run", "epoch", *by, *FIELDS], dropna=False).grad_norm.mean().reset_index()
+    metrics = results.table("metrics", name, ("batch_size", "lr"))
+    metrics = metrics.assign(test_accuracy=100 * metrics.test_accuracy)
+    probes = results.table("probes", name, ("batch_size", "lr", "rho")).query("rho == rho_run")
     panels = {"training loss, nats": (metrics, "eval_train_loss"), NAMES["test_accuracy"]: (metrics, "test_accuracy")}
-    panels["gradient norm, mean of an epoch"] = (probes, "grad_norm")
-    drawn, axes = figure(1, 3, 2.9)
-    for panel, (title, (rows, value)) in zip(axes[0], panels.items(), strict=True):
-        log = value != "test_accuracy"
-        rows = rows.assign(**{value: np.log(rows[value])}) if log else rows
+    panels |= {"gradient norm, mean of an epoch": (probes, "grad_norm")}
+    for title, (rows, value) in panels.items():
+        panels[title] = []
         for k, ((size, lr), part) in enumerate(rows.groupby(by)):
             style = {"color": f"C{k}", "linestyle": ("-", "--", "-.", ":")[k % 4], "marker": "os^D"[k % 4]}
-            style |= {"label": f"batch {size}, rate {lr:g}", "markersize": 4, "markevery": 0.2}
-            band(panel, estimates(part, value, ("epoch",)).to_dict(), log, 1 if log else 100, **style)
-        panel.set(xlabel="epoch", yscale="log" if log else "linear")
-        panel_title(panel, title)
-    axes[0, 1].set_ylim(100 * metrics.test_accuracy.min() - 3, 101)
-    legend(drawn)
+            panels[title].append((part, value, style | {"label": f"batch {size}, rate {lr:g}", "markersize": 4}))
     alt = "Training loss, gradient norm and test accuracy over the epochs. A line a batch size and learning rate."
-    note = "mean, on logarithmic axes the geometric one, and 95 % interval over seeds"
-    return describe(drawn, alt, results.caption(name, note=note))
+    return lines(results, panels, "epoch", "epoch", alt, scale=1, sharey=False, ylim=(0, None))
