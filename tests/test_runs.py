@@ -119,7 +119,7 @@ def test_tables_of_a_resumed_run_have_the_bytes_of_one_that_never_stopped(tmp_pa
                 run.save_state({"data": DATA})
                 if k in stops:
                     run.append("layers", [row])  # lost with the process
-                    run = Run(CONFIG, run.root)
+                    run = Run(CONFIG, run.folder.parent)
                     assert load(run)
             run.finish({"status": "done"})
         files.append((run.folder / "layers.csv").read_bytes())
