@@ -19,6 +19,7 @@ GRIDS = {
     "ablation": {"mix": MIXES, "rho": 0.4, "seed": [0, 1, 2]},
     "rho": {"mix": ["sam", "scale2x0.5"], "rho": [0.1, 0.2, 0.4], "seed": [0, 1, 2]},
 }
+PANELS = (("test_accuracy", "memorized", "eval_train_accuracy"), tuple(ablation.SHARPNESS))
 BASE = {"noise_fraction": 0.4, "probe_rho": 0.1, "sharpness_every": 1000}
 GAIN = {"sam": 0.1, "checkpoint1": 0.095, "checkpoint2": 0.01, "magnitude": 0.098, "direction": 0.001}
 SHARP = {"sgd": 1.0, "sam": 0.5, "checkpoint1": 0.55}
@@ -63,7 +64,7 @@ def results(tmp_path):
 def test_a_difference_is_the_paired_t_test_over_the_seeds_at_one_rho(results):
     runs = results.runs("ablation").drop_duplicates(["mix", "seed"]).set_index(["mix", "seed"]).test_accuracy
     for baseline in ("sgd", "sam"):
-        table = ablation.differences(results, "test_accuracy", baseline, "ablation")
+        table = ablation.differences(results, "test_accuracy", "ablation", baseline)
         for (mix, rho), e in table.items():
             values = [runs[mix, seed] - runs[baseline, seed] for seed in (0, 1, 2)]
             low = stats.ttest_1samp(values, 0).confidence_interval(0.95).low
@@ -158,8 +159,8 @@ def test_ours_stand_beside_the_documents_and_its_column_14_beside_what_it_ran(re
 
 
 def test_figures_are_readable_and_show_what_there_is(results):
-    for draw in (figures_ablation.accuracy_dots, figures_ablation.sharpness_dots):
-        figure = draw(results, "ablation")
+    for values in PANELS:
+        figure = figures_ablation.dots(results, values, "ablation", minus_sgd=True)
         assert faults(figure) == []
         names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
         assert names[:3] == ["SAM", "SANER", "checkpoint 1"]
@@ -169,15 +170,15 @@ def test_figures_are_readable_and_show_what_there_is(results):
 
 def test_an_update_with_fewer_runs_says_so(tmp_path):
     results = written(tmp_path, only=lambda c: c.seed < 2 or c.mix != "checkpoint2")
-    labels = figures_ablation.accuracy_dots(results, "ablation").axes[0].get_yticklabels()
+    labels = figures_ablation.dots(results, PANELS[0], "ablation", True).axes[0].get_yticklabels()
     assert [t.get_text() for t in labels if "n=" in t.get_text()] == ["checkpoint 2 (n=2)"]
 
 
 def test_without_partners_there_is_a_sentence_and_no_figure(tmp_path):
     results = written(tmp_path, only=lambda c: c.mix == "sgd")
-    for draw in (figures_ablation.accuracy_dots, figures_ablation.sharpness_dots):
+    for values in PANELS:
         with pytest.raises(NotMeasured):
-            draw(results, "ablation")
+            figures_ablation.dots(results, values, "ablation", minus_sgd=True)
     with pytest.raises(NotMeasured):
         figures_ablation.over_rho(results, ["ablation", "rho"])
 

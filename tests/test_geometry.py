@@ -7,6 +7,7 @@ from scipy import stats
 from samlib.analysis import claims_geometry, figures, figures_geometry, geometry
 from samlib.analysis.claim import claims, ledger
 from samlib.analysis.results import NotMeasured, load
+from samlib.analysis.stats import correlation_over_seeds
 from samlib.probes import BINS, CHECKPOINTS
 from samlib.study import Study
 
@@ -248,8 +249,9 @@ def test_a_correlation_holds_where_it_does_without_any_one_rho(tmp_path):
 def test_a_correlation_that_one_failed_rho_carries_is_undecided(tmp_path):
     failed = lambda c: 0.1 if c.rho == 0.4 else 0.8 + 0.02 * np.sin(50 * c.rho * (1 + c.seed))  # noqa: E731
     results = made(tmp_path, SWEEP, rows=falling, test_accuracy=failed)
-    table = geometry.correlations(results)
-    assert table["over all ρ"].iloc[0].low > 0 > table["with any one ρ left out"].iloc[0].low
+    whole = correlation_over_seeds(geometry.sweep(results), "own", "test_accuracy", over=None)
+    (finding,) = found(results, "checkpoint1_goes_with_accuracy")
+    assert whole.low > 0 > finding.measured.low
     assert [f.verdict for f in found(results, "checkpoint1_goes_with_accuracy")] == ["undecided"]
 
 

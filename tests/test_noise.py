@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from fake_runs import write_run, write_study
 
-from samlib.analysis import figures_noise, noise
+from samlib.analysis import figures_ablation, figures_noise, noise
 from samlib.analysis.claim import ledger
 from samlib.analysis.figures import faults
 from samlib.analysis.results import NotMeasured, load
@@ -120,11 +120,11 @@ def test_figures_are_readable_and_name_saner(tmp_path):
     results = written(tmp_path)
     figure = figures_noise.probes(results, "ablation")
     assert faults(figure) == [] and figure.axes[3].get_title(loc="left").startswith("SAM: flips' share")
-    figure = figures_noise.memorized_dots(results, "ablation")
+    figure = figures_ablation.dots(results, ("test_accuracy", "memorized"), "ablation")
     assert faults(figure) == []
     names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert names == ["SGD", "SAM", "SANER", "SANER, shuffled"]
-    assert faults(figures_noise.memorized_over_rho(results, ["ablation", "rho"])) == []
+    assert faults(figures_ablation.over_rho(results, ["ablation", "rho"], ("test_accuracy", "memorized"))) == []
 
 
 def test_labels_without_flips_memorize_nothing(tmp_path):
@@ -132,7 +132,7 @@ def test_labels_without_flips_memorize_nothing(tmp_path):
     for config in study.configs():
         write_run(tmp_path / "runs", config, test_accuracy=0.5)
     results = load(study, tmp_path / "runs")
-    for draw in (figures_noise.memorized_dots, figures_noise.probes):
-        with pytest.raises(NotMeasured):
-            draw(results, "a")
+    with pytest.raises(NotMeasured):
+        figures_noise.probes(results, "a")
+    assert len(figures_ablation.dots(results, ("test_accuracy", "memorized"), "a").axes) == 1
     assert set(ledger(results, "08_label_noise").verdict) == {"not measured"}

@@ -39,7 +39,7 @@ def paired(results: Results, a: str, b: str, value: str, grid: Grids = None) -> 
     return pairs(sharpness(results, value, grid), a, b, "value", also=("setting",))
 
 
-def differences(results: Results, value: str, baseline: str = "sgd", grid: Grids = None) -> pd.Series:
+def differences(results: Results, value: str, grid: Grids = None, baseline: str = "sgd") -> pd.Series:
     """Each update minus the baseline, paired by seed at the same ρ (SGD has none): an Estimate by mix and ρ."""
     mixes = [mix for mix in results.runs(grid).mix.unique() if mix not in ("sgd", baseline)]
     rows = [pair for mix in mixes if len(pair := paired(results, mix, baseline, value, grid))]
@@ -62,7 +62,7 @@ def table(results: Results, grid: Grids = None, names: Iterable[str] = ACCURACIE
     found = {name: levels(results, name, grid) for name in names}
     for mix in ("sgd", "sam"):
         with suppress(NotMeasured):
-            found[f"{first} minus {mix.upper()}"] = differences(results, first, mix, grid)
+            found[f"{first} minus {mix.upper()}"] = differences(results, first, grid, mix)
     rows = pd.DataFrame(found)
     return rows.loc[sorted(rows.index, key=lambda key: (mix_order(key[0]), np.nan_to_num(key[1])))]
 
@@ -101,7 +101,7 @@ def beside_document(results: Results, grid: Grids = None) -> pd.DataFrame:
     published code applies where that is not what it names."""
     said = (document() - document().loc["sgd"]).drop("sgd").rename(columns="document, ρ = {:g}".format)
     said = said.map(lambda x: Estimate(x, n=1, unit="points", signed=True))
-    ours = differences(results, "test_accuracy", grid=grid).unstack("rho").rename(columns="here, ρ = {:g}".format)
+    ours = differences(results, "test_accuracy", grid).unstack("rho").rename(columns="here, ρ = {:g}".format)
     found = said.join(ours, how="outer").fillna("").rename_axis("mix")
     found.insert(0, "as coded", ["checkpoint 2+3" if mix == "checkpoint14" else "" for mix in found.index])
     return found.loc[sorted(found.index, key=mix_order)]

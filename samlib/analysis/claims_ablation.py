@@ -1,6 +1,6 @@
 """The second document's Experiment 1 and its tables: which checkpoint does SAM's work, by its size or its direction?"""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from samlib.analysis.ablation import SHARPNESS, by_setting, paired
 from samlib.analysis.claim import ASKED, Finding, claim
@@ -21,14 +21,38 @@ def compared(results: Results, a: str, b: str, value: str = "test_accuracy", **r
         yield Finding(comparison, found, decide(found, **rule))
 
 
-@claim(
-    **HERE, quote="Which checkpoint among the four contributes most to finding the flat minima in SAM?",
-    documented="checkpoint 1: +1.2 to +2.2 points over SGD, the most of the four at every ρ",
-    rule=f"test accuracy of checkpoint 1 alone minus that of 2, 3 and 4 alone, {PAIRED}: the interval lies above zero",
-)  # fmt: skip
-def checkpoint1_contributes_most(results: Results) -> Iterator[Finding]:
-    for k in (2, 3, 4):
-        yield from compared(results, "checkpoint1", f"checkpoint{k}", above=0)
+def says(
+    name: str, quote: str, rule: str, pairs: Iterable[tuple[str, str]], values: Iterable[str] = ("test_accuracy",),
+    documented: str = "", **verdict: float,
+) -> None:  # fmt: skip
+    """The claim that the first of each pair of updates is above or below the second, paired by seed at the same ρ."""
+
+    def findings(results: Results) -> Iterator[Finding]:
+        for value in values:
+            for a, b in pairs:
+                yield from compared(results, a, b, value, **verdict)
+
+    claim(**HERE, name=name, quote=quote, rule=rule, documented=documented)(findings)
+
+
+# fmt: off
+says("checkpoint1_contributes_most",
+     "Which checkpoint among the four contributes most to finding the flat minima in SAM?",
+     f"test accuracy of checkpoint 1 alone minus that of 2, 3 and 4 alone, {PAIRED}: the interval lies above zero",
+     [("checkpoint1", f"checkpoint{k}") for k in (2, 3, 4)], above=0,
+     documented="checkpoint 1: +1.2 to +2.2 points over SGD, the most of the four at every ρ")
+says("others_end_sharper", "Repeating this experiment with other checkpoints resulted in sharper minima.",
+     f"sharpness of checkpoint 2, 3 and 4 alone minus checkpoint 1's, {PAIRED}: the interval lies above zero",
+     [(f"checkpoint{k}", "checkpoint1") for k in (2, 3, 4)], SHARPNESS, above=0)
+says("subsets_with_checkpoint1_beat_sam",
+     "Checkpoints 1+2, 1+3 and 1+2+3 test above SAM, in its second table (in our words)",
+     f"test accuracy minus SAM's, {PAIRED}: the interval lies above zero", [(mix, "sam") for mix in SUBSETS], above=0,
+     documented="+0.1 to +1.3 points")
+says("a_constant_gain_does_as_well",
+     "Instead of increasing magnitude follows ratio, increase with the fixed constant.",
+     f"test accuracy of SGD with checkpoint 1 doubled minus checkpoint 1 alone, {PAIRED}: at most {POINT} below",
+     [("gain1x2", "checkpoint1")], above=-MARGIN)
+# fmt: on
 
 
 @claim(
@@ -47,25 +71,6 @@ def checkpoint1_keeps_flatness(results: Results) -> Iterator[Finding]:
             sam = flatter.get(where) == HOLDS
             verdict, note = (decide(found, below=0), "") if sam else (UNDECIDED, "SAM is not flatter than SGD here")
             yield Finding(f"checkpoint 1 above the margin, {name}: {where}", found, verdict, note)
-
-
-@claim(
-    **HERE, quote="Repeating this experiment with other checkpoints resulted in sharper minima.",
-    rule=f"sharpness of checkpoint 2, 3 and 4 alone minus checkpoint 1's, {PAIRED}: the interval lies above zero",
-)  # fmt: skip
-def others_end_sharper(results: Results) -> Iterator[Finding]:
-    for name in SHARPNESS:
-        for k in (2, 3, 4):
-            yield from compared(results, f"checkpoint{k}", "checkpoint1", name, above=0)
-
-
-@claim(
-    **HERE, quote="Checkpoints 1+2, 1+3 and 1+2+3 test above SAM, in its second table (in our words)",
-    documented="+0.1 to +1.3 points", rule=f"test accuracy minus SAM's, {PAIRED}: the interval lies above zero",
-)  # fmt: skip
-def subsets_with_checkpoint1_beat_sam(results: Results) -> Iterator[Finding]:
-    for mix in SUBSETS:
-        yield from compared(results, mix, "sam", above=0)
 
 
 @claim(
@@ -89,11 +94,3 @@ def learning_rate_not_direction(results: Results) -> Iterator[Finding]:
 def which_parameters_not_how_many(results: Results) -> Iterator[Finding]:
     for mix in sorted(mix for mix in results.runs().mix.unique() if mix.startswith("shuffled-")):
         yield from compared(results, mix.removeprefix("shuffled-"), mix, above=0)
-
-
-@claim(
-    **HERE, quote="Instead of increasing magnitude follows ratio, increase with the fixed constant.",
-    rule=f"test accuracy of SGD with checkpoint 1 doubled minus checkpoint 1 alone, {PAIRED}: at most {POINT} below",
-)  # fmt: skip
-def a_constant_gain_does_as_well(results: Results) -> Iterator[Finding]:
-    yield from compared(results, "gain1x2", "checkpoint1", above=-MARGIN)

@@ -30,13 +30,13 @@ def at(rho: float, found: pd.Series) -> pd.Series:
     return found[keep].droplevel("rho")
 
 
-def dots(results: Results, values: Iterable[str], alt: str, grid: Grids = None, minus: str = "") -> Figure:
-    """A row an update, a panel a value: its level at one ρ with what chance memorizes as a tick, or its difference to
-    an update. SAM's value is carried down as a line; n stands beside an update with fewer runs. Limits are around the
+def dots(results: Results, values: Iterable[str], grid: Grids = None, minus_sgd: bool = False) -> Figure:
+    """A row an update, a panel a value: its level at one ρ with what chance memorizes as a tick, or its difference
+    to SGD. SAM's value is carried down as a line; n stands beside an update with fewer runs. Limits are around the
     means: an interval much wider than their range is cut off."""
     rho, panels = ablation.shown_rho(results, grid), {}
     for value in values:
-        of_value = ablation.differences(results, value, minus, grid) if minus else ablation.levels(results, value, grid)
+        of_value = (ablation.differences if minus_sgd else ablation.levels)(results, value, grid)
         if len(found := at(rho, of_value)):
             panels[value] = found
     if not panels:
@@ -45,15 +45,15 @@ def dots(results: Results, values: Iterable[str], alt: str, grid: Grids = None, 
     n = {mix: max(found[mix].n for found in panels.values() if mix in found) for mix in mixes}
     figure, [row] = figures.figure(1, len(panels), height=1.2 + 0.23 * len(mixes), sharey=True)
     for axes, (value, found) in zip(row, panels.items(), strict=True):
-        means = [drawn(e)[0] for e in found] + [0] * bool(minus)
+        means = [drawn(e)[0] for e in found] + [0] * minus_sgd
         for mix, e in found.items():
             style = look(mix, linestyle="", capsize=2.5, elinewidth=1.1)
             axes.errorbar(drawn(e)[0], mixes.index(mix), xerr=drawn(e)[1] or None, **style)
-        if minus:
-            axes.axvline(0, color=look(minus)["color"], linewidth=1)
+        if minus_sgd:
+            axes.axvline(0, color=look("sgd")["color"], linewidth=1)
         if "sam" in found:
             axes.axvline(drawn(found["sam"])[0], color=look("sam")["color"], linestyle="--", linewidth=1, zorder=1)
-        if value == "memorized" and not minus:
+        if value == "memorized" and not minus_sgd:
             chance = at(rho, ablation.levels(results, "memorized_chance", grid)).map(lambda e: drawn(e)[0])
             axes.plot(chance, [mixes.index(mix) for mix in chance.index], "|", color=figures.GREY, markersize=12)
         room, (low, high) = 0.5 * np.ptp(means) or 1.0, axes.get_xlim()
@@ -64,23 +64,14 @@ def dots(results: Results, values: Iterable[str], alt: str, grid: Grids = None, 
     row[0].set_yticks(range(len(mixes)), labels)
     row[0].set_ylim(len(mixes) - 0.5, -0.5)
     note = "mean and 95 % interval over seeds; grey ticks: by chance alone"
-    if minus:
+    if minus_sgd:
         intervals = sum(not np.isnan(e.half) for found in panels.values() for e in found)
-        note = f"minus {mix_name(minus)}'s, paired by seed: mean and 95 % interval, which may leave the frame; by "
+        note = "minus SGD's, paired by seed: mean and 95 % interval, which may leave the frame; by "
         note += f"chance alone {expected_by_chance(intervals):.1f} of the {intervals} intervals would exclude zero"
+    alt = f"Every update{' minus SGD' * minus_sgd}, beside its controls: {', '.join(map(TITLES.get, panels))}"
     runs = results.runs(grid)
     runs = runs[(runs.rho == rho) | (runs.mix == "sgd")]
     return figures.describe(figure, alt, results.caption(runs=runs, note=note))
-
-
-def accuracy_dots(results: Results, grid: Grids = None) -> Figure:
-    alt = "Test accuracy, memorized labels and training accuracy of every update minus SGD's, beside its controls."
-    return dots(results, ("test_accuracy", "memorized", "eval_train_accuracy"), alt, grid, minus="sgd")
-
-
-def sharpness_dots(results: Results, grid: Grids = None) -> Figure:
-    alt = "Sharpness at the end of every update minus SGD's, four measures, beside its controls; left is flatter."
-    return dots(results, ablation.SHARPNESS, alt, grid, minus="sgd")
 
 
 def over_rho(
@@ -100,9 +91,9 @@ def over_rho(
         panels[f"{TITLES[value]} minus SAM's, points"] = [
             (part.reset_index(names="run"), "difference", look(mix)) for mix, part in pairs.items() if len(part)
         ]
-    alt = f"{' and '.join(TITLES[value] for value in values)} over ρ, by update; below, minus SAM's at the same ρ."
+    alt = f"Over ρ, by update: {' and '.join(map(TITLES.get, values))}. Below, minus SAM's at the same ρ."
     note = "dotted: memorized by chance alone; below: paired by seed" if "memorized" in values else "paired by seed"
-    figure = lines(results, panels, "rho", "ρ", alt.capitalize(), note, rows=2, sharey=False)
+    figure = lines(results, panels, "rho", "ρ", alt, note, rows=2, sharey=False)
     for axes in figure.axes:
         rho_axis(axes, rhos, "")
     for axes in figure.axes[len(panels) // 2 :]:

@@ -1,13 +1,11 @@
-"""Figures of label noise: which checkpoint carries the flipped labels, and which update memorizes them."""
+"""The figure of label noise: which checkpoint carries the flipped labels."""
 
 from matplotlib.figure import Figure
 
 from samlib.analysis import figures, noise
-from samlib.analysis.ablation import Grids
 from samlib.analysis.figures import look
-from samlib.analysis.figures_ablation import dots, over_rho
 from samlib.analysis.figures_geometry import lines
-from samlib.analysis.results import NotMeasured, Results, in_order, mix_name
+from samlib.analysis.results import Results, in_order, mix_name
 
 
 def probes(results: Results, grid: str | None = None) -> Figure:
@@ -34,15 +32,3 @@ def probes(results: Results, grid: str | None = None) -> Figure:
     means = 100 * rows[rows.checkpoint.isin([1, 2, 4])].groupby(["mix", "checkpoint", "epoch"]).of_g.mean()
     figure.axes[0].set_ylim(means.min() - 10, means.max() + 10)
     return figure
-
-
-def memorized_dots(results: Results, grid: Grids = None) -> Figure:
-    """Test accuracy and memorized labels of every update, beside what chance memorizes, and training accuracy."""
-    if not results.runs(grid).memorized.notna().any():
-        raise NotMeasured("no finished run was trained on flipped labels")
-    alt = "Test accuracy, flipped labels memorized and training accuracy of every update, beside its controls."
-    return dots(results, ("test_accuracy", "memorized", "eval_train_accuracy"), alt, grid)
-
-
-def memorized_over_rho(results: Results, grids: Grids) -> Figure:
-    return over_rho(results, grids, ("test_accuracy", "memorized"))

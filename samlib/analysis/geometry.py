@@ -22,7 +22,7 @@ from samlib.analysis.results import (
     once,
     trainings,
 )
-from samlib.analysis.stats import correlation_over_seeds, lift, mean_interval
+from samlib.analysis.stats import lift, mean_interval
 from samlib.probes import BINS, CHECKPOINTS, RATIO_EDGES
 
 SETTING = ("mix", "rho", *REGIME)  # SGD's rho is the radius that it is probed at
@@ -173,19 +173,6 @@ def sweep(results: Results) -> pd.DataFrame:
     best = {key: chosen_rho(part, key[0])[""] for key, part in found.groupby(["mix", *REGIME])}
     keys = zip(found.mix, found.data_fraction, found.noise_fraction, strict=True)
     return found.assign(chosen=np.where(found.rho == [best[key] for key in keys], "chosen", ""))
-
-
-def correlations(results: Results) -> pd.DataFrame:
-    """Checkpoint 1's share against test accuracy over the ρ of each seed: Estimates over seeds, the second's interval
-    wide enough for any one ρ left out."""
-    found, words = {}, {"own": "at the run's own ρ", "common": "at one common radius"}
-    for (mix, *regime), part in sweep(results).groupby(["mix", *REGIME], sort=False):
-        for share, where in words.items():
-            whole, left = (correlation_over_seeds(part, share, "test_accuracy", over=over) for over in (None, "rho"))
-            left = left if part.rho.nunique() > 3 else "too few ρ"
-            key = (mix_name(mix), *(f"{100 * x:g} %" for x in regime), where)
-            found[key] = {"over all ρ": whole, "with any one ρ left out": left}
-    return pd.DataFrame(found).T.rename_axis(["rule", *REGIME, "checkpoint 1"])
 
 
 def leaving(results: Results) -> pd.DataFrame:
