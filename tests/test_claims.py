@@ -2,7 +2,7 @@ import pytest
 from fake_runs import write_run, write_study
 
 from samlib.analysis import claim as module
-from samlib.analysis.claim import Finding, claim, claims, in_short, ledger, overall
+from samlib.analysis.claim import ASKED, Finding, claim, claims, in_short, ledger, overall
 from samlib.analysis.results import load
 from samlib.analysis.stats import VERDICTS, Estimate, decide
 from samlib.study import Study
@@ -31,7 +31,14 @@ def test_a_claim_is_judged_by_its_rule_on_the_runs(results, alone):
     row = ledger(results).loc["sam_wins"]
     assert (row.measured, row.n, row.verdict, row.documented) == ("+5.0 ± 0.1 points (n=3)", "3", "holds", "+0.5")
     assert ledger(results, "05_data_regimes").verdict.tolist() == ["holds"]
-    assert ledger(results, "06_checkpoint_ablation").empty and ledger(results, subject="noise").empty
+    assert ledger(results, "06_checkpoint_ablation").empty and not claims(subject="noise")
+    assert row.claim == "“SAM beats SGD”"
+
+
+def test_what_is_told_or_asked_here_stands_without_quotation_marks(results, alone):
+    claim("noise", quote="Fewer flips (in our words)", name="told", not_measured="no paper")
+    claim("noise", quote="It is checkpoint 2", document=ASKED, name="asked", not_measured="no run")
+    assert ledger(results).claim.tolist() == ["Fewer flips (in our words)", "It is checkpoint 2"]
 
 
 def test_a_claim_without_its_tables_is_not_measured_and_says_why(results, alone):

@@ -9,6 +9,7 @@ from scipy import stats
 from samlib import PROJECT
 from samlib.analysis.results import (
     NotMeasured,
+    at_chosen_rho,
     chosen_rho,
     estimates,
     found_path,
@@ -96,7 +97,8 @@ def test_runs_keep_the_diverged_ones_and_name_what_is_missing(results):
     assert len(runs) == 32 and (runs.status == "diverged").sum() == 2
     assert runs.test_accuracy[runs.status == "diverged"].isna().all() and runs.gap.max() < 0.5
     assert results.planned("main").status.eq("missing").sum() == 4
-    assert results.state.startswith("33 of 37 runs are finished; 2 diverged: digits-") and "; 4 missing: " in results.state
+    state = results.state
+    assert state.startswith("33 of 37 runs are finished; 2 diverged: digits-") and "; 4 missing: " in state
 
 
 def test_partners_may_differ_in_what_is_named_and_in_what_is_measured(tmp_path):
@@ -125,6 +127,20 @@ def test_a_table_carries_its_runs_fields_and_last_its_last_epoch(results):
     assert (last.epoch == 2).all() and last.index.is_unique
     at = pairs(last, "sam", "scale2x0.5", "value", also=("measure", "labels"))
     assert at.difference.eq(0).all() and len(at) == 8
+
+
+def test_a_table_is_read_from_disk_once_and_callers_get_copies(results, monkeypatch):
+    first = results.table("sharpness")
+    first["value"] = 0
+    monkeypatch.setattr("samlib.analysis.results.load_table", None)
+    assert results.table("sharpness").value.max() > 0 and len(results.table("sharpness", "other")) == 2
+
+
+def test_each_mix_is_taken_at_the_rho_that_is_chosen_in_its_regime(results):
+    runs = results.planned("main").assign(validation_accuracy=lambda f: (f.rho == 0.1 + 0.1 * (f.mix == "sam")) * 1.0)
+    best = at_chosen_rho(runs).query("mix != 'sgd'").groupby("mix").rho.unique()
+    assert best["sam"].tolist() == [0.2] and best["scale2x0.5"].tolist() == [0.1]
+    assert (at_chosen_rho(runs).mix == "sgd").sum() == (runs.mix == "sgd").sum()
 
 
 def test_what_no_run_has_is_said_in_a_sentence(results, tmp_path):

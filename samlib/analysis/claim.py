@@ -127,9 +127,7 @@ def counted(findings: Iterable[Finding]) -> str:
     return " to ".join(str(n) for n in sorted({min(sizes), max(sizes)})) if sizes else ""
 
 
-def ledger(
-    results: Results | Iterable[Results], notebook: str | None = None, subject: str | None = None, brief: bool = False
-) -> pd.DataFrame:
+def ledger(results: Results | Iterable[Results], notebook: str | None = None, brief: bool = False) -> pd.DataFrame:
     """With a notebook, a row a finding of its claims: document, claim, documented, rule, comparison, measured, verdict,
     note. Without, or in brief, a row a claim: document, claim, documented, rule, measured, n, verdict, notebook.
 
@@ -137,7 +135,7 @@ def ledger(
     """
     studies, rows = [results] if isinstance(results, Results) else list(results), []
     whole = notebook is not None and not brief
-    for item in claims(notebook, subject):
+    for item in claims(notebook):
         found, head = item.findings(*studies), [item.name, item.document, item.words, item.documented, item.rule]
         if whole:
             rows += [[*head, f.comparison, str(f.measured), f.verdict, f.note] for f in found]

@@ -73,11 +73,11 @@ def tally(results: Results) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("difference")
 
 
-def interaction(results: Results, over: str, mix: str = "sam") -> pd.Series:
-    """How much a mix's gain over SGD is larger with each label noise than with none, or with each data fraction than
+def interaction(results: Results, over: str) -> pd.Series:
+    """How much SAM's gain over SGD is larger with each label noise than with none, or with each data fraction than
     with all data, paired by seed, by regime. over: the field of REGIME that varies."""
     (other,) = set(REGIME) - {over}
-    found = pairs(chosen(results), mix, "sgd")
+    found = pairs(chosen(results), "sam", "sgd")
     at_base = found[over] == (0 if over == "noise_fraction" else 1)
     base, rest = found[at_base].set_index([other, "seed"]).difference, found[~at_base]
     plain = base.reindex(pd.MultiIndex.from_frame(rest[[other, "seed"]])).to_numpy()
