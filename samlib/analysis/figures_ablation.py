@@ -96,6 +96,8 @@ def over_rho(
     figure = lines(results, panels, "rho", "ρ", alt, note, rows=2, sharey=False)
     for axes in figure.axes:
         rho_axis(axes, rhos, "")
+    for axes in figure.axes[: len(panels) // 2]:
+        axes.set_ylim(max(0, axes.get_ylim()[0]), min(102, axes.get_ylim()[1]))
     for axes in figure.axes[len(panels) // 2 :]:
         axes.set_xlabel("ρ")
         axes.axhline(0, **look("sam", marker=""))
