@@ -38,7 +38,9 @@ def test_a_claim_is_judged_by_its_rule_on_the_runs(results, alone):
 def test_what_is_told_or_asked_here_stands_without_quotation_marks(results, alone):
     claim("noise", quote="Fewer flips (in our words)", name="told", not_measured="no paper")
     claim("noise", quote="It is checkpoint 2", document=ASKED, name="asked", not_measured="no run")
-    assert ledger(results).claim.tolist() == ["Fewer flips (in our words)", "It is checkpoint 2"]
+    claim("noise", quote="their interaction, read as: it grows", name="read", not_measured="no run")
+    quoted = "“their interaction”, read as: it grows"
+    assert ledger(results).claim.tolist() == ["Fewer flips (in our words)", "It is checkpoint 2", quoted]
 
 
 def test_a_claim_without_its_tables_is_not_measured_and_says_why(results, alone):

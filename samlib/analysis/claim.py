@@ -21,6 +21,7 @@ DOCUMENTS = {
 }
 ASKED = "asked here"  # the document of a claim that none of them makes
 PARAPHRASE = "in our words)"  # ends a claim that is told and not quoted
+READ_AS = ", read as: "  # stands between a quote and what is measured of it
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ class Claim:
     def words(self) -> str:
         """The claim as it is shown: between quotation marks where these are the document's own words."""
         told = self.document == ASKED or PARAPHRASE in self.quote
-        return self.quote if told else f"“{self.quote}”"
+        said, mark, reading = self.quote.partition(READ_AS)
+        return self.quote if told else f"“{said}”{mark}{reading}"
 
     def findings(self, *studies: Results) -> list[Finding]:
         """Of all studies together, at least one: "not measured" with the reason where they lack what it is about."""

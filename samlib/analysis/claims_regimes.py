@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import pandas as pd
 
 from samlib.analysis import regimes
-from samlib.analysis.claim import ASKED, Finding, claim
+from samlib.analysis.claim import ASKED, READ_AS, Finding, claim
 from samlib.analysis.results import Results, once, setting_name
 from samlib.analysis.stats import CONTRADICTED, HOLDS, NOT_MEASURED, UNDECIDED, Estimate, decide, sign_count
 
@@ -63,8 +63,7 @@ def each(
     claim(**DATA, name=name, quote=quote, rule=rule, document=document)(judged)
 
 
-INTERACTION = "the interaction between dataset size and label noise"
-READ = "read as: SAM's gain grows with {}. The gain with {}, paired by seed: " + ABOVE
+INTERACTION = "the interaction between dataset size and label noise" + READ_AS
 each("sam_beats_sgd", "when Sharpness-Aware Minimization (SAM) provides a generalization benefit over SGD",
      f"{GAIN}, each regime: {ABOVE}", gain, above=0)  # fmt: skip
 
@@ -82,11 +81,11 @@ each("sam_beats_sgd_on_all_clean_data", "All data, clean labels: SAM is ahead of
      f"{GAIN}, all data, no flips: {ABOVE}", lambda results: gain(results, data=1.0), above=0)  # fmt: skip
 each("sam_loses_at_ten_percent_clean", "10 % of the data, clean labels: SAM loses to SGD (in our words)",
      f"{GAIN}, 10 % of the data, no flips: {BELOW}", lambda results: gain(results, data=0.1), below=0)  # fmt: skip
-each("gain_grows_with_noise", INTERACTION,
-     READ.format("noisier labels", "flipped labels minus with none, same data"),
+each("gain_grows_with_noise", INTERACTION + "SAM's gain grows with noisier labels",
+     f"SAM's gain with flipped labels minus with none, same data, paired by seed: {ABOVE}",
      lambda results: regimes.interaction(results, "noise_fraction"), above=0)  # fmt: skip
-each("gain_grows_as_data_shrinks", INTERACTION,
-     READ.format("scarcer data", "a part of the data minus with all, same noise"),
+each("gain_grows_as_data_shrinks", INTERACTION + "SAM's gain grows with scarcer data",
+     f"SAM's gain with a part of the data minus with all, same noise, paired by seed: {ABOVE}",
      lambda results: regimes.interaction(results, "data_fraction"), above=0)  # fmt: skip
 
 

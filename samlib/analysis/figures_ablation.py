@@ -11,7 +11,7 @@ from samlib.analysis import ablation, figures
 from samlib.analysis.ablation import Grids
 from samlib.analysis.figures import look, rho_axis
 from samlib.analysis.figures_geometry import CHANCE, lines
-from samlib.analysis.results import NotMeasured, Results, in_order, mix_name, trainings
+from samlib.analysis.results import NotMeasured, Results, in_order, mix_name, plural, trainings
 from samlib.analysis.stats import Estimate, expected_by_chance
 
 TITLES = {"test_accuracy": "test accuracy", "memorized": "flips memorized", "eval_train_accuracy": "training accuracy"}
@@ -67,7 +67,9 @@ def dots(results: Results, values: Iterable[str], grid: Grids = None, minus_sgd:
     if minus_sgd:
         intervals = sum(not np.isnan(e.half) for found in panels.values() for e in found)
         note = "minus SGD's, paired by seed: mean and 95 % interval, which may leave the frame; by "
-        note += f"chance alone {expected_by_chance(intervals):.1f} of the {intervals} intervals would exclude zero"
+        note += (
+            f"chance alone {expected_by_chance(intervals):.1f} of {plural(intervals, 'interval')} would exclude zero"
+        )
     alt = f"Every update{' minus SGD' * minus_sgd}, beside its controls: {', '.join(map(TITLES.get, panels))}"
     runs = results.runs(grid)
     runs = runs[(runs.rho == rho) | (runs.mix == "sgd")]
