@@ -12,11 +12,12 @@ unexport PYTHONHOME
 STRIP := $(PY) -m nbstripout --keep-id --extra-keys metadata.language_info
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 
-.PHONY: help install study test test-faults test-browser lint strip hooks lab bench audit
+.PHONY: help install study report test test-faults test-browser lint strip hooks lab bench audit
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make study [STUDY=studies/quick.yaml]   run a study: executed notebooks and figures"
+	@echo "make report [STUDY=...]                 a study's executed notebooks as one page, build/<study>.html"
 	@echo "make test                               every test but the slow ones of make test-faults"
 	@echo "make test-faults                        tests with real kills and real full disks"
 	@echo "make test-browser                       the notebooks in JupyterLab, by a real browser (chromium)"
@@ -48,6 +49,9 @@ install: .venv/installed
 
 study: install
 	$(PY) -m samlib run "$(STUDY)"
+
+report: install
+	$(PY) -m samlib report "$(STUDY)" --html
 
 test: install
 	$(PY) -m pytest

@@ -23,9 +23,9 @@ from samlib.study import Study, relative
 STUDIES = {"quick": "studies/quick.yaml", "laptop": "studies/laptop/*.yaml", "paper": "studies/paper/*.yaml"}
 # The claims of the README's table, at most ten.
 HEADLINES = (
-    "sam_beats_sgd", "sam_loses_at_ten_percent_clean", "gain_grows_with_noise", "sam_beats_sgd_at_equal_cost",
-    "flatter_and_better", "over_60_percent_in_checkpoint1", "checkpoint1_contributes_most",
-    "learning_rate_not_direction", "checkpoint2_carries_the_flips", "saner_beats_sam",
+    "sam_beats_sgd", "sam_beats_sgd_at_equal_cost", "gain_grows_with_noise", "over_60_percent_in_checkpoint1",
+    "overlap_is_more_than_chance", "checkpoints_are_curvature", "checkpoint1_contributes_most",
+    "learning_rate_not_direction", "checkpoint2_carries_the_flips", "saner_needs_checkpoint2",
 )  # fmt: skip
 TABLE = re.compile(r"(<!-- findings -->\n).*?(<!-- /findings -->)", re.DOTALL)
 NUMBER = re.compile(r"(<!-- (?P<column>\w+) (?P<claim>\w+)(?:: (?P<comparison>[^>]*?))? -->)[^<]*(<!-- / -->)")
