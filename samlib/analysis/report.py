@@ -24,8 +24,8 @@ STUDIES = {"quick": "studies/quick.yaml", "laptop": "studies/laptop/*.yaml", "pa
 # The claims of the README's table, at most ten.
 HEADLINES = (
     "sam_beats_sgd", "sam_beats_sgd_at_equal_cost", "gain_grows_with_noise", "over_60_percent_in_checkpoint1",
-    "overlap_is_more_than_chance", "checkpoints_are_curvature", "checkpoint1_contributes_most",
-    "learning_rate_not_direction", "checkpoint2_carries_the_flips", "saner_needs_checkpoint2",
+    "overlap_is_more_than_chance", "checkpoint1_contributes_most", "learning_rate_not_direction", "step_length_alone",
+    "checkpoint2_carries_the_flips", "saner_needs_checkpoint2",
 )  # fmt: skip
 TABLE = re.compile(r"(<!-- findings -->\n).*?(<!-- /findings -->)", re.DOTALL)
 NUMBER = re.compile(r"(<!-- (?P<column>\w+) (?P<claim>\w+)(?:: (?P<comparison>[^>]*?))? -->)[^<]*(<!-- / -->)")
