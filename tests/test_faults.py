@@ -241,6 +241,7 @@ def limited(config: RunConfig, root: Path, size: int, answer) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
     try:
         train(config, root, progress=False)
+        answer.send("it was not refused")
     except UserError as error:
         answer.send(str(error))
     except BaseException as error:
@@ -282,7 +283,7 @@ def test_a_full_disk_stops_a_run_with_the_file_and_its_size_and_it_resumes(whole
 def test_a_full_disk_at_the_end_keeps_the_run_unfinished_and_the_weights_whole(whole, tmp_path):
     config = settings("sgd").model_copy(update={"state_seconds": 1e6})
     folder = Run(config, tmp_path).folder
-    text = message(config, tmp_path, 20_000)
+    text = message(config, tmp_path, 10_000)
     assert text.startswith(f"{folder / 'weights.pt'}: its ")
     assert not (folder / "weights.pt").exists() and not Run(config, tmp_path).done
     assert exit_code(start(config, tmp_path)) == 0
