@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import shlex
 import signal
 import socket
 import subprocess
@@ -285,7 +286,7 @@ def test_the_local_cluster_gives_nothing_to_another_user(tmp_path, start):
 
 
 def shell(line: str, tmp_path: Path, **environment: str) -> subprocess.CompletedProcess:
-    command = line.replace("samlib", f"{sys.executable} -m samlib")
+    command = line.replace("samlib", f"{shlex.quote(sys.executable)} -m samlib")
     env = {**os.environ, **environment}
     return subprocess.run(["bash", "-c", command], cwd=PROJECT, env=env, capture_output=True, text=True, timeout=240)
 

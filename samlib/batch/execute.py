@@ -11,6 +11,7 @@ from uuid import uuid4
 
 import nbformat
 import papermill
+from jupyter_core.utils import _loop
 from nbclient.exceptions import CellExecutionError
 from papermill.iorw import papermill_io
 
@@ -94,6 +95,7 @@ def _execute(notebook: str, final: Path, parameters: dict[str, Any], folder: str
     source = notebook.replace("{", "{{").replace("}", "}}")  # papermill formats paths
     held = f"{Memory.scheme}{uuid4()}.ipynb"
     final.parent.mkdir(parents=True, exist_ok=True)
+    _loop.set(None)  # Jupyter's event loop: Dask hands a task the context of its client, and so that of another thread
     try:
         with kernels.borrowed(folder, batch) as manager:
             errors = Errors(f"{parameters.get('root', '')}/{final.parent.name}")
