@@ -67,7 +67,8 @@ def heatmap(results: Results) -> Figure:
         style = {"cmap": "PuOr_r", "vmin": -most, "vmax": most, "annot_kws": {"fontsize": 9}, "fmt": ""}
         style["cbar_kws"] = {"label": "points"}
         sns.heatmap(cells.map(lambda e: 100 * e.value), annot=text, ax=panel, cbar=panel is axes[0, -1], **style)
-        for label, e in zip(panel.texts, cells.to_numpy().flat, strict=True):
+        measured = [e for e in cells.to_numpy().flat if e.n]  # seaborn leaves out the cells without a number
+        for label, e in zip(panel.texts, measured, strict=True):
             label.set_weight("bold" if e.excludes() else "normal")
         panel.set_xticklabels([f"{100 * noise:g} %" for noise in cells.columns])
         panel.set_yticklabels([f"{100 * size:g} %" for size in cells.index], rotation=0)
