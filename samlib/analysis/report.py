@@ -62,7 +62,7 @@ def readme_table(found: Mapping[str, list[Results]]) -> str:
             said = table.loc[item.name]
             measured = "" if said.verdict == NOT_MEASURED else f"<br>{said.measured}"
             row[column] = f"{SHAPES[said.verdict]} **{said.verdict}**{measured}"
-        rows.append(row | {"read": f"[{item.notebook}](notebooks/{item.notebook}.ipynb)"})
+        rows.append(row | {"read": f"[{item.notebook}](runs/published/quick/{item.notebook}.ipynb)"})
     return markdown(pd.DataFrame(rows)) + "\n"
 
 
