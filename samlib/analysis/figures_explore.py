@@ -97,14 +97,14 @@ def beside(runs: pd.DataFrame, done: float, **names: str) -> Figure:
             for panel in (by_layer, ratios):
                 panel.set(xticks=[], yticks=[], xlabel="not measured in this run")
             continue
-        step = probes.step[probes.step <= done * run.steps].max()
-        layers, probe = layers[layers.step == step], probes[(probes.step == step) & (probes.rho == run.rho)].iloc[0]
+        step, counted = (t.step[t.step <= done * run.steps].max() for t in (probes, layers))  # layers: once an epoch
+        layers, probe = layers[layers.step == counted], probes[(probes.step == step) & (probes.rho == run.rho)].iloc[0]
         shares = 100 * layers[[*CHECKPOINTS[1:], CHECKPOINTS[0]]].div(layers.parameters, axis=0)
         for code, ends in shares.cumsum(axis=1).items():
             bar = {"color": look(code)["color"], "edgecolor": "white", "linewidth": 0.3, "label": look(code)["label"]}
             by_layer.barh(range(len(shares)), shares[code], left=ends - shares[code], height=0.9, **bar)
         every = -(-len(shares) // 16)
-        by_layer.set(ylim=(len(shares) - 0.5, -0.5), xlim=(0, 100), xlabel=f"% of a layer's parameters, step {step}")
+        by_layer.set(ylim=(len(shares) - 0.5, -0.5), xlim=(0, 100), xlabel=f"% of a layer's parameters, step {counted}")
         by_layer.set_yticks(range(0, len(shares), every), layers.layer.iloc[::every])
         edges = [f"from {edge:g}" for edge in (1, *RATIO_EDGES)]
         ratios.bar(edges, 100 * probe[list(BINS)].astype(float) / probe.checkpoint1, color=look("checkpoint1")["color"])
