@@ -158,7 +158,9 @@ class Results:
         models = " and ".join(sorted(set(runs.model + " of width " + runs.width.astype(str))))
         parts = [self.study.dataset, f"{data} % of the training images"]
         parts += [f"{flips} % of the labels flipped"] * (flips != "0") + [models] + [f"ρ = {rhos}"] * (len(of_mix) > 0)
-        return "; ".join([*parts, plural(runs.seed.nunique(), "seed"), *[note] * bool(note)])
+        seeds = runs.groupby(["mix", "rho", *REGIME, "batch_size", "lr"]).seed.nunique()
+        least = f"{seeds.min()} to " if seeds.min() < seeds.max() else ""
+        return "; ".join([*parts, least + plural(int(seeds.max()), "seed"), *[note] * bool(note)])
 
 
 def load(
