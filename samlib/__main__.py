@@ -27,6 +27,9 @@ def main(arguments: list[str] | None = None) -> int:
             args.root = resolved(args.root)
             args.fields = read_fields([item for items in args.set or [] for item in items])
             args.study = args.study and Study.load(args.study, args.fields)
+            if args.grid and not args.study:
+                raise UserError("--grid: it is of a study; name the study's file")
+            args.study = args.study.only(args.grid) if args.grid else args.study
         return args.command(args)
     except UserError as error:
         print(f"samlib: {error}", file=sys.stderr)
@@ -46,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("study", nargs=nargs, metavar="STUDY", help="a file such as studies/quick.yaml")
         given = "fields above the study's base: dataset=cifar10 root=data ..."
         sub.add_argument("--set", nargs="+", action="append", metavar="FIELD=VALUE", help=given)
+        sub.add_argument("--grid", nargs="+", metavar="NAME", help="only these grids of the study")
         sub.add_argument("--root", type=Path, default=PROJECT / "runs/local", help="the runs (default: runs/local)")
         return sub
 

@@ -5,7 +5,7 @@ import json
 import math
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_origin
@@ -211,11 +211,16 @@ class Study:
     def missing(self, root: str | Path = "runs/local", grid: str | None = None) -> list[RunConfig]:
         return [config for config in self.configs(grid) if not Run(config, root).done]
 
-    def read_by(self, analysis: Analysis) -> list[RunConfig]:
-        """The runs that a notebook reads: of its grid and of those its parameters name; of all where it names none."""
+    def only(self, grids: list[str]) -> "Study":
+        """The study with these of its grids, and with the notebooks that read one of them."""
+        kept = {grid: self.configs(grid) for grid in dict.fromkeys(grids)}
+        reading = [analysis for analysis in self.notebooks if kept.keys() & self.grids_of(analysis)]
+        return replace(self, grids=kept, notebooks=reading)
+
+    def grids_of(self, analysis: Analysis) -> list[str]:
+        """The grids that a notebook reads: its own and those its parameters name; all where it names none."""
         given = (analysis.grid, *analysis.parameters.values())
-        named = dict.fromkeys(v for v in given if isinstance(v, str) and v in self.grids)
-        return [config for grid in named or self.grids for config in self.grids[grid]]
+        return list(dict.fromkeys(v for v in given if isinstance(v, str) and v in self.grids)) or list(self.grids)
 
     def parameters(self, analysis: Analysis, root: Path, figures: Path) -> dict[str, Any]:
         """What is injected into an analysis notebook: paths inside the checkout are relative, for readers elsewhere."""

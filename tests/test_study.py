@@ -227,8 +227,39 @@ def test_a_notebook_reads_its_grid_and_those_that_its_parameters_name(tmp_path):
     notebooks = "[{notebook: x, grid: a, parameters: {more: c, n: 1}}, {notebook: y}]"
     loaded = Study.load(write_study(tmp_path, f"title: T\n{grids}\nnotebooks: {notebooks}"))
     both, all_of_them = loaded.notebooks
-    assert [config.seed for config in loaded.read_by(both)] == [0, 1, 3]
-    assert [config.seed for config in loaded.read_by(all_of_them)] == [0, 1, 2, 3]
+    assert loaded.grids_of(both) == ["a", "c"] and loaded.grids_of(all_of_them) == ["a", "b", "c"]
+    part = loaded.only(["b"])
+    assert [config.seed for config in part.configs()] == [2] and part.notebooks == [all_of_them]
+    assert loaded.only(["c", "b"]).notebooks == loaded.notebooks and loaded.only(["a"]).name == loaded.name
+
+
+def test_a_grid_alone_is_run_where_one_is_named(tmp_path, stubs, capsys):
+    path = write_study(
+        tmp_path,
+        """
+        title: Two
+        base: {dataset: digits, epochs: 1}
+        grids: {first: {seed: [0, 1]}, second: {seed: [0, 2]}}
+        notebooks: [{notebook: 02_count, grid: second}]
+        """,
+    )
+    root = tmp_path / "runs"
+    assert main(["run", str(path), "--root", str(root), "--grid", "first"]) == 0
+    assert "runs done: 2 of 2" in capsys.readouterr().out and not (root / "small").exists()
+    assert main(["status", str(path), "--root", str(root)]) == 0
+    assert "second: runs done: 1 of 2" in capsys.readouterr().out
+    assert main(["run", str(path), "--root", str(root), "--grid", "third"]) == 2
+    assert "there is no grid 'third'; the grids are first, second" in capsys.readouterr().err
+    assert main(["run", "--set", "dataset=digits", "--root", str(root), "--grid", "first"]) == 2
+    assert capsys.readouterr().err == "samlib: --grid: it is of a study; name the study's file\n"
+
+
+def test_a_study_is_run_seed_by_seed_and_of_a_seed_the_longest_first(tmp_path):
+    grids = "grids: {g: {seed: [1, 0], mix: [sgd, sam], epochs: [2, 1]}}"
+    configs = Study.load(write_study(tmp_path, f"title: T\nbase: {{dataset: digits}}\n{grids}")).configs()
+    order = [(c.seed, c.mix, c.epochs) for c in runner.unfinished(configs, tmp_path / "runs")]
+    one = [("sam", 2), ("sgd", 2), ("sam", 1), ("sgd", 1)]
+    assert order == [(seed, *kind) for seed in (0, 1) for kind in one]
 
 
 def test_a_study_file_that_cannot_be_read_or_named_is_refused(tmp_path):

@@ -51,9 +51,10 @@ def training_task(config: RunConfig, root: Path) -> Task:
 
 
 def unfinished(configs: Iterable[RunConfig], root: Path) -> list[RunConfig]:
-    """The runs that are not done, or whose executed notebook is not there; the longest first."""
+    """The runs that are not done, or whose executed notebook is not there: seed by seed, so that what a study of hours
+    has finished can be compared; of a seed the longest first."""
     todo = [c for c in configs if not (Run(c, root).done and training_task(c, root).output.exists())]
-    return sorted(todo, key=lambda c: -c.epochs * c.data_fraction * c.passes)
+    return sorted(todo, key=lambda c: (c.seed, -c.epochs * c.data_fraction * c.passes))
 
 
 def stale_analyses(study: Study, root: Path, figures: Path) -> list[Task]:
@@ -62,7 +63,7 @@ def stale_analyses(study: Study, root: Path, figures: Path) -> list[Task]:
     tasks = []
     for analysis in study.notebooks:
         output = root / study.name / f"{analysis.notebook}.ipynb"
-        configs = study.read_by(analysis)
+        configs = [config for grid in study.grids_of(analysis) for config in study.grids[grid]]
         source = NOTEBOOKS / f"{analysis.notebook}.ipynb"
         read = [study.path, source, *(root / c.run_id / "summary.json" for c in configs)]
         newest = max(path.stat().st_mtime for path in read if path.exists())
