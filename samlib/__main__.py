@@ -5,8 +5,6 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -85,16 +83,15 @@ def figures_of(root: Path) -> Path:
 
 def run(args: argparse.Namespace) -> int:
     from samlib.batch import kernels, runner
-    from samlib.config import UserError
+    from samlib.config import RunConfig, UserError
     from samlib.runs import Run
-    from samlib.study import parse_config
 
     study, root, scheduler = args.study, args.root, args.scheduler
     if not (study or args.fields):
         raise UserError("run: name a study file, or one run by --set field=value ...")
     if scheduler is not None and not scheduler.strip():
         raise UserError("--scheduler: it is empty; give tcp://host:port, or leave it out for a cluster of this machine")
-    configs = study.configs() if study else [parse_config(args.fields, "--set")]
+    configs = study.configs() if study else [RunConfig.parse(args.fields, "--set: ")]
     if args.dry_run:
         return dry_run(configs, root, args.workers)
     figures = figures_of(root)
@@ -201,10 +198,8 @@ def publish(args: argparse.Namespace) -> int:
 def report(args: argparse.Namespace) -> int:
     from samlib.analysis import report as reports
 
-    if not args.html:
-        print(reports.report(args.study, args.root))
-        return 0
-    print(reports.write_html(args.study, args.root, args.out or args.root / args.study.name / "report.html"))
+    page = args.out or args.root / args.study.name / "report.html"
+    print(reports.write_html(args.study, args.root, page) if args.html else reports.report(args.study, args.root))
     return 0
 
 
@@ -226,20 +221,12 @@ class Terminal:
         self.stream = stream
 
     def write(self, text: str) -> int:
-        with self.lost():
-            self.stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with self.lost():
-            self.stream.flush()
-
-    @contextmanager
-    def lost(self) -> Iterator[None]:
         try:
-            yield
+            self.stream.write(text)
+            self.stream.flush()  # at once: nothing is left that could fail later
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        return len(text)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)

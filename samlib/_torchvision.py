@@ -11,7 +11,7 @@ import torch
 from filelock import FileLock
 from PIL import Image
 
-from samlib.config import UserError
+from samlib.config import UserError, first_line
 from samlib.data import PARTS, Source
 
 try:
@@ -40,10 +40,9 @@ def stored_dataset(name: str, root: Path) -> Source:
                 except RuntimeError:  # torchvision's word for "not there, or not intact"
                     parts.append(read(root, train=train, download=True))
     except (OSError, RuntimeError, EOFError, ValueError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"dataset: {name} is not in root {str(root)!r} and could not be downloaded ({reason}); put torchvision's "
-            f"{dataset} files there, or read image files with dataset=imagefolder"
+            f"dataset: {name} is not in root {str(root)!r} and could not be downloaded ({first_line(error)}); put "
+            f"torchvision's {dataset} files there, or read image files with dataset=imagefolder"
         ) from None
 
     def pixels(part) -> np.ndarray:  # (n, channels, height, width)
@@ -103,5 +102,5 @@ def _picture(path: str) -> Image.Image:
             bits = image.tag_v2[258][0] if image.format == "TIFF" else 16  # BitsPerSample: 12 is read as it is
             return Image.fromarray(np.round(np.asarray(image) * (255 / (2**bits - 1))).astype(np.uint8))
     except Exception as error:  # a decoder raises whatever a broken file provokes
-        reason = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), type(error).__name__)
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(f"root: {path!r} cannot be read as an image ({reason}); mend or remove it") from None

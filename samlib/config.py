@@ -17,6 +17,11 @@ class UserError(ValueError):
         return [f"UserError: {self}"]
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, as a part of a sentence."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
+
+
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Every = Annotated[int, Field(ge=0, le=10**9)]
 
@@ -134,21 +139,18 @@ class RunConfig(BaseModel):
         return self
 
     @classmethod
-    def parse(cls, values: dict[str, Any]) -> "RunConfig":
-        """The configuration, or a UserError of one sentence a field: what was found and what is allowed."""
+    def parse(cls, values: dict[str, Any], where: str = "") -> "RunConfig":
+        """The configuration, or a UserError of one sentence a field: where, what was found and what is allowed."""
         if not isinstance(values, dict):
-            raise UserError(f"configuration: found {_shown(values)}; it should be a mapping of fields to values")
+            raise UserError(f"{where}configuration: found {_shown(values)}; it should be a mapping of fields to values")
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise UserError(describe(error, cls)) from None
+            raise UserError(where + describe(error, cls)) from None
 
     def changed(self) -> dict[str, Any]:
         """The fields that differ from their defaults, as JSON values, sorted by name."""
-        fields = type(self).model_fields
-        mine = self.model_dump(mode="json")
-        default = {k: f.default for k, f in fields.items()}
-        return {k: mine[k] for k in sorted(fields) if getattr(self, k) != default[k]}
+        return dict(sorted(self.model_dump(mode="json", exclude_defaults=True).items()))
 
     @property
     def run_id(self) -> str:

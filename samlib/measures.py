@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from samlib import probes
 from samlib.config import RunConfig
 from samlib.data import Batches, Data, generator
+from samlib.sharpness import gauss_newton_diagonal, hessian_rows, sharpness_rows
 
 TRACE_SAMPLES = 16  # Hessian-vector products for the trace
 NOISE_BATCHES = 4  # batches that the noise probe adds up
@@ -68,8 +69,6 @@ def noise(moment: Moment) -> Rows:
 
 
 def sharpness(moment: Moment) -> Rows:
-    from samlib.sharpness import sharpness_rows
-
     x, y = moment.sample
     labels = {"trained": y} | ({"true": moment.data.true_labels[moment.rows]} if moment.config.noise_fraction else {})
     with probes.full_precision():
@@ -85,15 +84,11 @@ def prediction(moment: Moment) -> Rows:
 
 
 def hessian(moment: Moment) -> Rows:
-    from samlib.sharpness import hessian_rows
-
     with probes.full_precision():
         return hessian_rows(moment.model, *moment.sample, TRACE_SAMPLES, moment.config.subset_seed)
 
 
 def diagonal(moment: Moment) -> Rows:
-    from samlib.sharpness import gauss_newton_diagonal
-
     with probes.full_precision():
         exact = gauss_newton_diagonal(moment.model, moment.sample[0])
     rows, correlation = probes.diagonal_rows(moment.sample_pair, exact)

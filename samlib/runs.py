@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 
 from samlib import PROJECT
-from samlib.config import RunConfig, UserError
+from samlib.config import RunConfig, UserError, first_line
 
 STATE_FORMAT = 2
 STATES = ("state.pt", "state.previous.pt")
@@ -96,7 +96,7 @@ class Run:
                 print(f"{self.folder} is being written by {holder}: waiting for it", file=sys.stderr, flush=True)
                 lock.acquire()
         except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
-            raise UserError(f"{self.folder}: the run folder cannot be made or locked ({_first_line(error)})") from None
+            raise UserError(f"{self.folder}: the run folder cannot be made or locked ({first_line(error)})") from None
         try:
             with suppress(OSError):  # on a full disk: what is written next says so
                 path.write_text(f"process {os.getpid()} on {platform.node()}\n")
@@ -184,7 +184,7 @@ class Run:
                 aside = path.with_suffix(".unusable")
                 os.replace(path, aside)
                 warnings.warn(
-                    f"{path} cannot be used ({_first_line(error)}); it is set aside as {aside.name}", stacklevel=2
+                    f"{path} cannot be used ({first_line(error)}); it is set aside as {aside.name}", stacklevel=2
                 )
                 continue
             self.rows = state["rows"]
@@ -207,10 +207,6 @@ class Run:
             (self.folder / name).unlink(missing_ok=True)
 
 
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
-
-
 def _git_commit() -> str | None:
     """The checkout's commit, with "+changes" where the work tree differs from it; None outside git."""
     try:
@@ -226,7 +222,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({_first_line(error)}); remove its folder and run it again") from None
+        raise UserError(f"{path} cannot be read ({first_line(error)}); remove its folder and run it again") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} does not hold a JSON object; remove its folder and run it again")
     return value
@@ -257,7 +253,7 @@ def _read_table(path: Path) -> pd.DataFrame:
         if not {"epoch", "step"} & set(frame.columns):
             raise ValueError("it is not a table of a run")
     except (OSError, ValueError) as error:  # pandas' parser errors are ValueErrors
-        raise UserError(f"{path} cannot be read ({_first_line(error)}); remove its folder and run it again") from None
+        raise UserError(f"{path} cannot be read ({first_line(error)}); remove its folder and run it again") from None
     return frame
 
 

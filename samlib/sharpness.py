@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from samlib.models import mode, weights_restored
+from samlib.probes import ascended
 
 CHUNK = 512  # images a pass
 HESSIAN_CHUNK = 128  # images a Hessian-vector product: fastest on a CPU, and a quarter of the memory
@@ -102,14 +103,8 @@ def random_direction_sharpness(
 
 def ascent_sharpness(model: nn.Module, x: Tensor, y: Tensor, rho: float, logits: str = "raw") -> float:
     """L(w + rho g / ||g||) - L(w) in nats, g = loss_gradient (Foret et al., 2021); 0 where g is zero."""
-    params, g = list(model.parameters()), loss_gradient(model, x, y, logits)
-    norm = math.sqrt(sum(torch.linalg.vector_norm(t, dtype=torch.float64).item() ** 2 for t in g))
-    if norm == 0:
-        return 0.0
-    before = loss_value(model, x, y, logits)
-    with weights_restored(params):
-        with torch.no_grad():
-            torch._foreach_add_(params, g, alpha=rho / norm)
+    g, before = loss_gradient(model, x, y, logits), loss_value(model, x, y, logits)
+    with ascended(model, g, rho):
         return loss_value(model, x, y, logits) - before
 
 

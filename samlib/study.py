@@ -10,13 +10,12 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_origin
 
-import pandas as pd
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from samlib import PROJECT
-from samlib.config import RunConfig, UserError, describe
-from samlib.runs import Run, load_runs
+from samlib.config import RunConfig, UserError, describe, first_line
+from samlib.runs import Run
 
 NOTEBOOKS = PROJECT / "notebooks"
 MOST_RUNS = 10_000
@@ -80,8 +79,7 @@ def read_yaml(text: str, where: str) -> Any:
         line = f" line {error.problem_mark.line + 1}:" if error.problem_mark else ""
         raise UserError(f"{where}:{line} not a YAML file that can be used: {error.problem}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"{where}: not a YAML file that can be used: {reason}") from None
+        raise UserError(f"{where}: not a YAML file that can be used: {first_line(error)}") from None
 
 
 def read_fields(items: list[str]) -> dict[str, Any]:
@@ -95,14 +93,6 @@ def read_fields(items: list[str]) -> dict[str, Any]:
     if isinstance(values.get("root"), str):
         values["root"] = relative(os.path.abspath(values["root"]))
     return values
-
-
-def parse_config(values: dict[str, Any], where: str) -> RunConfig:
-    """RunConfig.parse, with `where` before what is wrong."""
-    try:
-        return RunConfig.parse(values)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
 
 
 class _Strict(BaseModel):
@@ -183,8 +173,8 @@ class Study:
         name = "-".join(parts.with_suffix("").parts)
         if not NAME.fullmatch(name):
             raise UserError(f"{shown}: the file's name becomes a folder's: use letters, digits, - and _ only")
-        plain = parse_config(file.base, f"{shown}: base")
-        base = parse_config({**file.base, **(overrides or {})}, f"{shown}: --set")
+        plain = RunConfig.parse(file.base, f"{shown}: base: ")
+        base = RunConfig.parse({**file.base, **(overrides or {})}, f"{shown}: --set: ")
         json_values = base.model_dump(mode="json")
         overrides = {key: value for key, value in json_values.items() if getattr(base, key) != getattr(plain, key)}
         grids = {
@@ -203,10 +193,6 @@ class Study:
             raise UserError(f"{relative(self.path)}: there is no grid {grid!r}; the grids are {', '.join(self.grids)}")
         chosen = self.grids.values() if grid is None else [self.grids[grid]]
         return list({config.run_id: config for configs in chosen for config in configs}.values())
-
-    def runs(self, root: str | Path = "runs/local", grid: str | None = None) -> pd.DataFrame:
-        """`load_runs` of the finished runs of a grid, or of all."""
-        return load_runs(root, [config.run_id for config in self.configs(grid)])
 
     def missing(self, root: str | Path = "runs/local", grid: str | None = None) -> list[RunConfig]:
         return [config for config in self.configs(grid) if not Run(config, root).done]
@@ -269,7 +255,7 @@ def _expand(base: dict[str, Any], grid: Any, where: str, overrides: dict[str, An
             values = {key: value for part in combination for key, value in part.items()}
             if both := sorted(overrides.keys() & values):
                 raise UserError(f"{where}: {both[0]}: the grid sets it itself, so --set cannot; edit the study's file")
-            config = parse_config({**base, **values}, where)
+            config = RunConfig.parse({**base, **values}, f"{where}: ")
             configs[config.run_id] = config
     return list(configs.values())
 

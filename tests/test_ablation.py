@@ -100,6 +100,16 @@ def test_an_ascent_is_compared_at_equal_radii_alone(tmp_path):
     assert set(found.index.get_level_values("rho")) == {0.4} and found["sam", 0.4].value == pytest.approx(-0.5)
 
 
+def test_an_update_that_has_one_rho_is_shown_at_its_own(tmp_path):
+    own = {"mix": "scale2x0.5", "rho": 0.1, "seed": [0, 1, 2]}
+    results = written(tmp_path, {"ablation": [{"mix": ["sgd", "sam"], "rho": 0.4, "seed": [0, 1, 2]}, own]})
+    figure = figures_ablation.dots(results, ["test_accuracy"], "ablation")
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["SGD", "SAM", "SANER, ρ = 0.1"]
+    assert (
+        "ρ = 0.1 for SANER" in figure.get_supxlabel() or "ρ = 0.4 for SAM and 0.1 for SANER" in figure.get_supxlabel()
+    )
+
+
 def found(results, name: str) -> list:
     return next(claim for claim in claims("06_checkpoint_ablation") if claim.name == name).findings(results)
 

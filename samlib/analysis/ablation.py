@@ -13,23 +13,15 @@ from samlib.analysis.stats import Estimate
 
 DOCUMENT = PROJECT / "notebooks/reference/checkpoint_ablation.csv"  # CIFAR-100, one run a cell
 ACCURACIES = ("test_accuracy", "eval_train_accuracy", "memorized", "memorized_chance")
-SHARPNESS = {  # of the loss on the labels trained on: the measure and the logits
-    "random directions": ("random", "raw"),
-    "random directions, normalized logits": ("random", "normalized"),
-    "ascent": ("ascent", "raw"),
-    "ascent, normalized logits": ("ascent", "normalized"),
-}
+MEASURES = "random directions", "ascent"
+SHARPNESS = tuple(measure + logits for measure in MEASURES for logits in ("", ", normalized logits"))
 CELL, SETTING = ("mix", "rho"), ("data_fraction", "noise_fraction", "rho", "augment")
 Grids = str | list[str] | None
 
 
 def sharpness(results: Results, name: str, grid: Grids = None) -> pd.DataFrame:
-    """One of SHARPNESS at the end of each run, `value` in nats; the ascent at the radius that all runs have in common
-    (probe_rho), or at the run's own. Raises NotMeasured."""
-    rows, (measure, logits) = results.last("sharpness", grid), SHARPNESS[name]
-    common = pd.to_numeric(rows.probe_rho).fillna(rows.rho)
-    of = (rows.measure == measure) & (rows.logits == logits) & (rows.labels == "trained")
-    return rows[of & ((rows.setting == common) | (measure == "random"))]
+    """One of SHARPNESS of Results.sharpness. Raises NotMeasured where no run has the table."""
+    return results.sharpness(grid).query("kind == @name")
 
 
 def paired(results: Results, a: str, b: str, value: str, grid: Grids = None) -> pd.DataFrame:

@@ -20,8 +20,9 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from samlib import PROJECT
-from samlib.analysis.results import CONTROLS, mix_name
+from samlib.analysis.results import mix_name
 from samlib.config import UserError
+from samlib.mix import CONTROLS
 
 WIDTH = 9.0  # inches: the most that a notebook shows at its full size
 SMALLEST = 8.0  # points

@@ -25,15 +25,16 @@ def drawn(e: Estimate) -> tuple[float, float]:
 
 
 def at(rho: float, found: pd.Series) -> pd.Series:
-    """Of Estimates by mix and ρ those at one ρ and SGD's, that are measured, by mix."""
-    keep = [not np.isnan(e.value) and (mix == "sgd" or here == rho) for (mix, here), e in found.items()]
-    return found[keep].droplevel("rho")
+    """Of Estimates by mix and ρ those that are measured, by mix: at one ρ, or at its own where it has only one."""
+    found = found[[not np.isnan(e.value) for e in found]]
+    alone = ~found.index.get_level_values("mix").duplicated(keep=False)
+    return found[alone | (found.index.get_level_values("rho") == rho)].droplevel("rho")
 
 
 def dots(results: Results, values: Iterable[str], grid: Grids = None, minus_sgd: bool = False) -> Figure:
-    """A row an update, a panel a value: its level at one ρ with what chance memorizes as a tick, or its difference
-    to SGD. SAM's value is carried down as a line; n stands beside an update with fewer runs. Limits are around the
-    means: an interval much wider than their range is cut off."""
+    """A row an update, a panel a value: its level at one ρ, or at its own where it was trained at another alone, with
+    what chance memorizes as a tick, or its difference to SGD. SAM's value is carried down as a line; n stands beside an
+    update with fewer runs. Limits are around the means: an interval much wider than their range is cut off."""
     rho, panels = ablation.shown_rho(results, grid), {}
     for value in values:
         of_value = (ablation.differences if minus_sgd else ablation.levels)(results, value, grid)
@@ -60,7 +61,11 @@ def dots(results: Results, values: Iterable[str], grid: Grids = None, minus_sgd:
         axes.set_xlim(max(min(means) - room, low), min(max(means) + room, high))
         figures.panel_title(axes, TITLES[value])
         axes.set_xlabel(found.iloc[0].unit)
-    labels = [mix_name(mix) + f" (n={n[mix]})" * (n[mix] < max(n.values())) for mix in mixes]
+    runs = results.runs(grid)
+    rhos = runs[runs.mix != "sgd"].groupby("mix").rho.unique()
+    own = {mix: of[0] for mix, of in rhos.items() if len(of) == 1 and of[0] != rho}
+    labels = [mix_name(mix) + (f", ρ = {own[mix]:g}" if mix in own else "") for mix in mixes]
+    labels = [label + f" (n={n[m]})" * (n[m] < max(n.values())) for label, m in zip(labels, mixes, strict=True)]
     row[0].set_yticks(range(len(mixes)), labels)
     row[0].set_ylim(len(mixes) - 0.5, -0.5)
     note = "mean and 95 % interval over seeds; grey ticks: by chance alone"
@@ -71,8 +76,7 @@ def dots(results: Results, values: Iterable[str], grid: Grids = None, minus_sgd:
             f"chance alone {expected_by_chance(intervals):.1f} of {plural(intervals, 'interval')} would exclude zero"
         )
     alt = f"Every update{' minus SGD' * minus_sgd}, beside its controls: {', '.join(map(TITLES.get, panels))}"
-    runs = results.runs(grid)
-    runs = runs[(runs.rho == rho) | (runs.mix == "sgd")]
+    runs = runs[(runs.rho == rho) | runs.mix.isin(["sgd", *own])]
     return figures.describe(figure, alt, results.caption(runs=runs, note=note))
 
 

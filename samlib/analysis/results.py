@@ -12,11 +12,11 @@ import pandas as pd
 from samlib import PROJECT
 from samlib.analysis.stats import mean_interval
 from samlib.config import RunConfig, UserError
+from samlib.mix import CONTROLS
 from samlib.runs import load_runs, load_table
 from samlib.study import Study, relative
 
 PUBLISHED = PROJECT / "runs/published"
-CONTROLS = ("shuffled", "rescaled", "length")  # prefixes of a mix, see samlib.sam.Mix
 REGIME = ("data_fraction", "noise_fraction")
 SEEDS = ("seed", "data_seed")
 # Fields that say what is measured, how often and with what resources, not what is trained.

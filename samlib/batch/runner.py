@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from samlib import PROJECT
 from samlib.batch import kernels
 from samlib.batch.execute import TOPIC, execute, failed_notebook, sees
-from samlib.config import RunConfig, UserError
+from samlib.config import RunConfig, UserError, first_line
 from samlib.runs import Run
 from samlib.study import NOTEBOOKS, Study, relative
 
@@ -115,11 +115,7 @@ def broken_dask() -> Iterator[None]:
         yield
     except Exception as error:
         where = "its settings are in ~/.config/dask, /etc/dask and variables DASK_*"
-        raise UserError(f"Dask cannot be started ({type(error).__name__}: {_line(error)}); {where}") from None
-
-
-def _line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
+        raise UserError(f"Dask cannot be started ({type(error).__name__}: {first_line(error)}); {where}") from None
 
 
 @contextmanager
@@ -155,7 +151,7 @@ def cluster_at(scheduler: str, root: Path) -> Iterator[Any]:
         asyncio.run(greet())
         client = Client(scheduler, timeout=ANSWER)
     except Exception as error:  # whatever answers there
-        raise UserError(f"--scheduler: no Dask scheduler answers at {scheduler!r} ({_line(error)})") from None
+        raise UserError(f"--scheduler: no Dask scheduler answers at {scheduler!r} ({first_line(error)})") from None
     with client:
         try:
             client.wait_for_workers(1, timeout=ANSWER)
@@ -170,7 +166,7 @@ def cluster_at(scheduler: str, root: Path) -> Iterator[Any]:
             probe.unlink(missing_ok=True)
         for worker, answer in answers.items():
             if isinstance(answer, Exception):
-                what = f"cannot import samlib ({_line(answer)}): start it with this project's Python"
+                what = f"cannot import samlib ({first_line(answer)}): start it with this project's Python"
                 raise UserError(f"--scheduler: the worker {worker} {what}")
             if not answer:
                 what = f"does not see {root}: workers need this project and its runs at the same paths"
@@ -204,7 +200,7 @@ def execute_tasks(client: Any, tasks: list[Task], bar: tqdm) -> list[tuple[Task,
             error = (
                 future.result()
                 if future.status == "finished"
-                else _line(future.exception() or RuntimeError("the cluster lost it"))
+                else first_line(future.exception() or RuntimeError("the cluster lost it"))
             )
             if error:
                 failures.append((waiting[future], error))
