@@ -289,7 +289,8 @@ def convergence_rows(
     """
     from scipy.stats import t as student
 
-    total, squares = (torch.zeros(len(pair.codes), dtype=torch.float64, device=pair.codes.device) for _ in "ab")
+    total = torch.zeros(len(pair.codes), dtype=torch.float64, device=pair.codes.device)
+    squares = torch.zeros_like(total)
     with as_trained(model):
         for n, (x, y) in enumerate(batches, start=1):  # Welford: no cancellation
             g = gradients(model, cross_entropy(model(x), y))

@@ -5,9 +5,16 @@ import os
 import time
 from collections.abc import Iterable
 
+import psutil
+import torch
+
 from samlib import PROJECT
 from samlib.config import RunConfig, UserError
+from samlib.models import build_model
+from samlib.sam import SAM
+from samlib.step import EagerStep
 from samlib.study import DATASETS
+from samlib.train import keep_memory, numerics, pick_device
 
 NOTEBOOK_SECONDS = 1.0  # of a notebook, in a kernel that is there
 KIND = "dataset root image_size model stem width batch_size precision threads device graph passes".split()
@@ -19,8 +26,6 @@ def estimated_seconds(configs: Iterable[RunConfig]) -> tuple[float, list[str]]:
     Counts training steps, evaluations (a third of a pass an image) and notebooks; not the probes and measures. A step
     that could need more than half of the free memory is not tried.
     """
-    import psutil
-
     seconds, notes = 0.0, set()
     steps: dict[tuple, float] = {}
     for config in configs:
@@ -35,7 +40,7 @@ def estimated_seconds(configs: Iterable[RunConfig]) -> tuple[float, list[str]]:
             continue
         if kind not in steps:
             steps[kind] = seconds_per_step(config)
-        train *= config.data_fraction
+        train *= config.data_fraction * (1 - config.validation_fraction)
         evaluations = math.ceil(config.epochs / config.eval_every)
         seconds += config.epochs * math.ceil(train / config.batch_size) * steps[kind]
         seconds += evaluations * (train + test) * steps[kind] / config.batch_size / config.passes / 3
@@ -44,25 +49,16 @@ def estimated_seconds(configs: Iterable[RunConfig]) -> tuple[float, list[str]]:
 
 
 def seconds_per_step(config: RunConfig, steps: int = 3) -> float:
-    """The median time of a training step as configured, on made-up images."""
-    import torch
-
-    from samlib.models import build_model
-    from samlib.sam import SAM
-    from samlib.step import EagerStep
-    from samlib.train import keep_memory, numerics, pick_device
-
+    """The median time of a training step as configured, eager, on made-up images of three channels."""
     device = pick_device(config)
     size = config.image_size or (DATASETS[config.dataset].size if config.dataset in DATASETS else 32)
-    channels = 1 if config.dataset in ("digits", "fashion-mnist") else 3
-    classes = 100 if config.dataset == "cifar100" else 10
     keep_memory()
     with numerics(config, device):
         layout = torch.channels_last if size >= 16 else torch.contiguous_format
-        model = build_model(config.model, config.width, config.stem, channels, classes, 0).to(device)
+        model = build_model(config.model, config.width, config.stem, 3, 10, 0).to(device)
         step = EagerStep(model, SAM(model.parameters(), 0.01, config.rho, mix=config.mix), config, device)
-        x = torch.randn(config.batch_size, channels, size, size, device=device).to(memory_format=layout)
-        y = torch.randint(0, classes, (config.batch_size,), device=device)
+        x = torch.randn(config.batch_size, 3, size, size, device=device).to(memory_format=layout)
+        y = torch.randint(0, 10, (config.batch_size,), device=device)
         times = []
         for _ in range(steps + 1):
             begin = time.perf_counter()
@@ -83,10 +79,6 @@ def image_counts(config: RunConfig) -> tuple[int, int]:
 
 def step_bytes(config: RunConfig) -> int:
     """What a step needs at most: six times the weights, and the activations of a batch."""
-    import torch
-
-    from samlib.models import build_model
-
     with torch.device("meta"):
         model = build_model(config.model, config.width, config.stem, 3, 100, 0)
     pixels = (config.image_size or (DATASETS[config.dataset].size if config.dataset in DATASETS else 32)) ** 2

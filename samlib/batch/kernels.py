@@ -27,7 +27,7 @@ RESTORE = "get_ipython().restore()"
 
 _lock = threading.RLock()
 _kernels: list["Kernel"] = []
-_stopped: set[str] = set()  # batches that get no kernel any more
+_stopped: set[str | None] = set()  # batches that get no kernel any more
 
 
 @cache
@@ -117,9 +117,9 @@ def stop(batch: str | None = None) -> None:
     """Kills the kernels of a batch, which gets no other; without one, all of this process, and removes its folder."""
     with _lock:
         for kernel in [k for k in _kernels if batch in (None, k.batch)]:
-            _stopped.update(filter(None, [kernel.batch]))
+            _stopped.add(kernel.batch)
             kernel.kill()
-        _stopped.update(filter(None, [batch]))
+        _stopped.add(batch)
         if batch is None and folder.cache_info().currsize:
             shutil.rmtree(folder(), ignore_errors=True)
             folder.cache_clear()
