@@ -240,6 +240,19 @@ def test_missing_and_diverged_runs_are_in_no_mean_and_are_counted(root, tmp_path
     assert e.value == pytest.approx(0.04) and math.isnan(e.half) and (e.n, e.left_out) == (1, 2)
 
 
+@pytest.mark.parametrize("function", [regimes.tally, regimes.rivals, figures_regimes.heatmap])
+def test_a_regime_in_which_one_mix_has_no_finished_run_is_empty_for_it_alone(root, tmp_path, function):
+    study = Study.load(root / "s.yaml")
+    for c in study.configs("regimes"):
+        if not (c.mix == "sam" and (c.data_fraction, c.noise_fraction) == (1.0, 0.4)):
+            shutil.copytree(root / "runs" / c.run_id, tmp_path / c.run_id)
+    half = load(study, tmp_path)
+    cell = regimes.gains(regimes.chosen(half)).loc[(1.0, 0.4)]
+    assert (cell["SAM − SGD"].n, cell["SANER − SGD"].n) == (0, 3)
+    assert function(half) is not None and regimes.tally(half).loc["SAM − SGD", "regimes above zero"].n == 3
+    assert len(next(c for c in claims() if c.name == "sam_beats_sgd").findings(half)) == 3
+
+
 def test_no_interval_pools_regimes(results):
     with pytest.raises(NotMeasured, match="data_fraction"):
         pd.Series(regimes.gains(regimes.chosen(results), by=("noise_fraction",)))

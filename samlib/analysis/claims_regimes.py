@@ -17,7 +17,8 @@ ABOVE, BELOW = (f"the 95 % interval lies {side} zero" for side in ("above", "bel
 
 
 def of_sam(table: pd.DataFrame) -> pd.Series:
-    return table["SAM − SGD"].dropna() if "SAM − SGD" in table else pd.Series(dtype=object)
+    found = table.get("SAM − SGD", pd.Series(dtype=object))
+    return found[[isinstance(e, Estimate) and e.n + e.left_out > 0 for e in found]]
 
 
 @once

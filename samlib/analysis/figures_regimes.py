@@ -18,11 +18,6 @@ NAMES = {
 CHOSEN = "ρ: that of the best accuracy on held-out training images, or the only one"
 
 
-def as_estimate(cell: object) -> Estimate:
-    """The cell of a table, in which what is not measured is NaN."""
-    return cell if isinstance(cell, Estimate) else Estimate()
-
-
 def curves(results: Results, value: str = "test_accuracy") -> Figure:
     """One value over the epochs, a panel a regime, for each mix. value: of NAMES."""
     runs, flips = regimes.chosen(results), value == "memorized"
@@ -56,11 +51,8 @@ def heatmap(results: Results) -> Figure:
     table = regimes.gains(runs)
     if table.empty:
         raise NotMeasured(f"no regime of {results.study.title!r} has a pair of runs")
-    grids = {name: column.unstack("noise_fraction").map(as_estimate) for name, column in table.items()}
-    most, (rows, columns) = (
-        100 * table.map(as_estimate).map(lambda e: abs(e.value)).max().max(),
-        [*grids.values()][0].shape,
-    )
+    grids = {name: column.unstack("noise_fraction", fill_value=Estimate()) for name, column in table.items()}
+    most, (rows, columns) = 100 * table.map(lambda e: abs(e.value)).max().max(), [*grids.values()][0].shape
     drawn, axes = figure(1, len(grids), 1.2 + 0.75 * rows, width=1.5 + 1.6 * columns * len(grids))
     for panel, (name, cells) in zip(axes[0], grids.items(), strict=True):
         text = cells.map(lambda e: f"{e.format(n=False)}\nn={e.n}".replace(" points", "") if e.n else "–")

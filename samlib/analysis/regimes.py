@@ -45,10 +45,12 @@ def chosen(results: Results, name: str = "regimes") -> pd.DataFrame:
 def gains(
     runs: pd.DataFrame, value: str = "test_accuracy", by: Sequence[str] = REGIME, **options: Sequence[str]
 ) -> pd.DataFrame:
-    """Each mix minus SGD, paired by seed: a row a regime, a column a mix. options: of `pairs`."""
+    """Each mix minus SGD, paired by seed: a row a regime, a column a mix; an empty Estimate where a regime has none of
+    it. options: of `pairs`."""
     mixes = [mix for mix in in_order(runs.mix) if mix != "sgd"]
     found = {mix: estimates(pairs(runs, mix, "sgd", value, **options), "difference", by) for mix in mixes}
-    return pd.DataFrame({f"{mix_name(mix)} − SGD": of_mix for mix, of_mix in found.items() if len(of_mix)})
+    table = pd.DataFrame({f"{mix_name(mix)} − SGD": of_mix for mix, of_mix in found.items() if len(of_mix)})
+    return table.map(lambda e: e if isinstance(e, Estimate) else Estimate())
 
 
 def accuracy(results: Results) -> pd.DataFrame:
