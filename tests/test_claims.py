@@ -3,7 +3,7 @@ from fake_runs import write_run, write_study
 
 from samlib.analysis import claim as module
 from samlib.analysis.claim import ASKED, Finding, claim, claims, in_short, ledger, overall
-from samlib.analysis.results import load
+from samlib.analysis.results import NotMeasured, load
 from samlib.analysis.stats import VERDICTS, Estimate, decide
 from samlib.study import Study
 
@@ -80,12 +80,58 @@ def test_a_claim_holds_overall_where_most_hold_and_none_is_contradicted():
     assert of("not measured") == of() == "not measured"
 
 
+def test_a_rule_of_several_parts_holds_in_a_setting_where_each_does_and_is_contradicted_where_any_is():
+    def of(**settings):
+        found = [Finding(name, "", v, what=f"part {k}") for name, vs in settings.items() for k, v in enumerate(vs)]
+        return overall(found, every=True)
+
+    assert of(a=["holds", "holds"]) == "holds" and of(a=["holds", "holds", "undecided"]) == "undecided"
+    assert of(a=["holds", "contradicted"]) == "contradicted"
+    assert of(a=["holds", "holds"], b=["holds", "holds"], c=["holds", "undecided"]) == "holds"
+    assert of(a=["holds", "holds"], b=["holds", "contradicted"]) == "undecided"
+    assert of(a=["not measured"]) == of() == "not measured"
+
+
 def test_several_findings_are_shown_as_their_range_and_counts():
-    found = [
-        Finding("", Estimate(v, v - 0.01, v + 0.01, 3, "points", True), w)
-        for v, w in ((0.02, "holds"), (0, "undecided"))
-    ]
-    assert in_short(found) == "+0.0 ± 1.0 points to +2.0 ± 1.0 points; 2 comparisons: 1 holds, 1 undecided"
+    def found(*values, **parts):
+        sizes = [Estimate(v, v - 0.01, v + 0.01, 3, "points", True) for v in values]
+        return [Finding("", e, w, **parts) for e, w in zip(sizes, ("holds", "undecided"), strict=True)]
+
+    counts = "2 comparisons: 1 holds, 1 undecided"
+    assert in_short(found(0.02, 0)) == f"+0.0 ± 1.0 points to +2.0 ± 1.0 points; {counts}"
+    assert in_short(found(0.02, 0.02)) == f"+2.0 ± 1.0 points; {counts}"
+
+
+def test_different_quantities_have_no_range():
+    sizes = [Estimate(v, v - 0.01, v + 0.01, 3, "points", True) for v in (0.02, 0.0)]
+    found = [Finding("here", e, "holds", what=what) for e, what in zip(sizes, ("flips", "accuracy"), strict=True)]
+    assert in_short(found) == "2 comparisons: 2 hold" and found[0].comparison == "flips: here"
+
+
+def test_what_two_studies_measure_on_the_same_runs_counts_once_and_else_the_study_is_named(results, tmp_path, alone):
+    @claim("noise", quote="", rule="")
+    def gain(results):
+        for e in results.differences("sam", "sgd", by=("rho",)):
+            yield Finding("everywhere", e, decide(e, above=0))
+
+    (tmp_path / "t.yaml").write_bytes((tmp_path / "s.yaml").read_bytes())
+    again, (item,) = load(tmp_path / "t.yaml", tmp_path / "runs"), claims()
+    assert item.findings(results, again) == item.findings(results) and len(item.findings(results)) == 1
+    other = Study.load(write_study(tmp_path / "u.yaml", {"main": {"mix": ["sgd", "sam"], "seed": [5, 6], "width": 8}}))
+    for config in other.configs():
+        write_run(tmp_path / "runs", config, test_accuracy=0.8)
+    found = item.findings(results, again, load(other, tmp_path / "runs"))
+    assert [f.comparison for f in found] == ["everywhere (s)", "everywhere (u)"]
+
+
+def test_a_claim_is_not_judged_on_what_came_before_an_error(results, alone):
+    @claim("noise", quote="", rule="")
+    def broken_off(results):
+        yield Finding("", Estimate(1.0, 0.5, 1.5, 3), "holds")
+        raise NotMeasured("the second half lacks its runs")
+
+    (row,) = ledger(results).itertuples()
+    assert (row.verdict, row.measured) == ("not measured", "the second half lacks its runs")
 
 
 def test_every_claim_of_the_project_has_a_quote_and_a_rule_or_a_reason(results):

@@ -7,7 +7,7 @@ import pytest
 from fake_runs import write_run, write_study
 
 from samlib import PROJECT
-from samlib.analysis.claim import columns, ledger
+from samlib.analysis.claim import claims, columns, ledger
 from samlib.analysis.report import HEADLINES, STUDIES, readme, readme_table, report, write_html, write_readme
 from samlib.analysis.results import load
 from samlib.analysis.stats import VERDICTS
@@ -63,6 +63,12 @@ def test_the_readme_says_what_the_published_runs_give():
         pytest.skip("nothing is published under these studies")
     text = (PROJECT / "README.md").read_text(encoding="utf-8")
     assert readme(text, found) == text, "python -m samlib publish STUDY writes it anew"
+
+
+def test_no_two_findings_of_a_claim_in_a_column_have_one_name():
+    for parts in columns(STUDIES).values():
+        names = [(c.name, f.comparison) for c in claims() for f in c.findings(*parts)]
+        assert len(names) == len(set(names))
 
 
 def test_write_readme_changes_what_is_between_its_marks_and_nothing_else(tmp_path):

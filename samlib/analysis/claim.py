@@ -1,9 +1,10 @@
 """Claims: a document's sentence, a rule fixed before the numbers, and a function from results to findings."""
 
 import pkgutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 
@@ -26,12 +27,23 @@ READ_AS = ", read as: "  # stands between a quote and what is measured of it
 
 @dataclass(frozen=True)
 class Finding:
-    """What a claim's function says of one comparison. measured: an Estimate, or words where that is not enough."""
+    """What a claim's function says of one comparison. where: its setting. measured: an Estimate, or words where that is
+    not enough. what: what is compared there, where the claim compares several things."""
 
-    comparison: str
+    where: str
     measured: Estimate | str
     verdict: str
     note: str = ""
+    what: str = ""
+
+    @property
+    def comparison(self) -> str:
+        return f"{self.what}: {self.where}" if self.what else self.where
+
+    @property
+    def shown(self) -> str:
+        """What was measured, without the pairs that are left out."""
+        return str(replace(self.measured, left_out=0)) if isinstance(self.measured, Estimate) else self.measured
 
 
 @dataclass(frozen=True)
@@ -45,6 +57,7 @@ class Claim:
     documented: str  # the document's number
     function: Callable[[Results], Iterable[Finding]] | None
     reason: str  # why it cannot be measured here, where it cannot
+    every: bool  # whether its rule joins parts by "and": see `overall`
 
     @property
     def words(self) -> str:
@@ -54,15 +67,27 @@ class Claim:
         return self.quote if told else f"“{said}”{mark}{reading}"
 
     def findings(self, *studies: Results) -> list[Finding]:
-        """Of all studies together, at least one: "not measured" with the reason where they lack what it is about."""
-        found = []
+        """Of all studies together, at least one: "not measured" with the reason where they lack what it is about.
+
+        Of a study all or none: what it yields before a NotMeasured is a part of the claim. Studies may share runs, and
+        the same comparison of the same measured is one finding; of another measured it has its study in `where`.
+        """
+        found, once, lacking = [], {}, []
         for results in studies if self.function else ():
             try:
-                found += self.function(results)
+                found += [(f, results.study.name) for f in self.function(results)]
             except NotMeasured as error:
-                found.append(Finding("", "", NOT_MEASURED, str(error)))
+                lacking.append(Finding("", "", NOT_MEASURED, str(error)))
+        for f, study in found:
+            if f.verdict == NOT_MEASURED:
+                lacking.append(f)
+            else:
+                once.setdefault((f.comparison, f.shown), (f, study))
         reason = self.reason or f"no runs of {' or '.join(repr(r.study.title) for r in studies)} are of this kind"
-        return [f for f in found if f.verdict != NOT_MEASURED] or found[:1] or [Finding("", "", NOT_MEASURED, reason)]
+        times = Counter(comparison for comparison, _ in once)
+        return [
+            replace(f, where=f"{f.where} ({study})") if times[f.comparison] > 1 else f for f, study in once.values()
+        ] or [*lacking, Finding("", "", NOT_MEASURED, reason)][:1]
 
 
 _registry: dict[str, Claim] = {}
@@ -70,12 +95,13 @@ _registry: dict[str, Claim] = {}
 
 def claim(
     subject: str, *, quote: str, rule: str = "", notebook: str = "", document: str = "", documented: str = "",
-    not_measured: str = "", name: str = "",
+    not_measured: str = "", name: str = "", every: bool = False,
 ) -> Callable:  # fmt: skip
     """Registers a function of Results that returns findings as the claim of that name.
 
     quote: the document's words, or others that end in PARAPHRASE. not_measured: the reason why it cannot be measured
-    here; then it has no function, and `name` names it. Raises ValueError where there is another claim of that name.
+    here; then it has no function, and `name` names it. every: whether the rule joins parts by "and", see `overall`.
+    Raises ValueError where there is another claim of that name.
     """
 
     def register(function: Callable | None) -> Callable | None:
@@ -83,7 +109,8 @@ def claim(
         if key in _registry:
             raise ValueError(f"there are two claims {key!r}")
         source = document or DOCUMENTS[subject][0]
-        _registry[key] = Claim(key, subject, quote, rule, notebook, source, documented, function, not_measured)
+        about = (quote, rule, notebook, source, documented)
+        _registry[key] = Claim(key, subject, *about, function, not_measured, every)
         return function
 
     return register(None) if not_measured else register
@@ -98,10 +125,18 @@ def claims(notebook: str | None = None, subject: str | None = None) -> list[Clai
     return sorted(chosen, key=lambda c: list(DOCUMENTS).index(c.subject))
 
 
-def overall(findings: Iterable[Finding]) -> str:
+def overall(findings: Iterable[Finding], every: bool = False) -> str:
     """A claim's verdict from its findings: holds (is contradicted) where more than half of those measured do (are) and
-    none says the opposite; not measured where none is; else undecided."""
-    verdicts = [f.verdict for f in findings if f.verdict != NOT_MEASURED]
+    none says the opposite; not measured where none is; else undecided.
+
+    every: all findings of one `where` count as one, which holds where each of them does, and is contradicted where any
+    is.
+    """
+    found = [f for f in findings if f.verdict != NOT_MEASURED]
+    verdicts = [f.verdict for f in found]
+    if every:
+        parts = [{f.verdict for f in found if f.where == where} for where in dict.fromkeys(f.where for f in found)]
+        verdicts = [CONTRADICTED if CONTRADICTED in part else HOLDS if part == {HOLDS} else UNDECIDED for part in parts]
     for word, opposite in ((HOLDS, CONTRADICTED), (CONTRADICTED, HOLDS)):
         if 2 * verdicts.count(word) > len(verdicts) and opposite not in verdicts:
             return word
@@ -109,18 +144,21 @@ def overall(findings: Iterable[Finding]) -> str:
 
 
 def in_short(findings: list[Finding]) -> str:
-    """What was measured, of one finding as it stands, of several their range and how many have which verdict."""
+    """What was measured: of one finding as it stands, of several how many have which verdict, and their range where all
+    measure the same thing."""
     if len(findings) < 2:
         return "".join(str(f.measured) or f.note for f in findings)
     verdicts = [f.verdict for f in findings]
     counts = {v: verdicts.count(v) for v in (HOLDS, CONTRADICTED, UNDECIDED)}
     words = [f"{n} {'hold' if v == HOLDS and n > 1 else v}" for v, n in counts.items() if n]
     text = f"{plural(len(findings), 'comparison')}: {', '.join(words)}"
-    found = [f.measured for f in findings if isinstance(f.measured, Estimate)]
+    found = sorted((f.measured for f in findings if isinstance(f.measured, Estimate)), key=lambda e: e.value)
     if len(found) < len(findings) or len({(e.unit, e.signed) for e in found}) > 1:
         return text
-    least, most = (pick(found, key=lambda e: e.value) for pick in (min, max))
-    return f"{least.format(n=False)} to {most.format(n=False)}; {text}"
+    least, most = (e.format(n=False) for e in (found[0], found[-1]))
+    if least == most:
+        return f"{least}; {text}"
+    return text if len({f.what for f in findings}) > 1 else f"{least} to {most}; {text}"
 
 
 def counted(findings: Iterable[Finding]) -> str:
@@ -142,7 +180,7 @@ def ledger(results: Results | Iterable[Results], notebook: str | None = None, br
         if whole:
             rows += [[*head, f.comparison, str(f.measured), f.verdict, f.note] for f in found]
         else:
-            rows.append([*head, in_short(found), counted(found), overall(found), item.notebook])
+            rows.append([*head, in_short(found), counted(found), overall(found, item.every), item.notebook])
     rest = ("comparison", "measured", "verdict", "note") if whole else ("measured", "n", "verdict", "notebook")
     return pd.DataFrame(rows, columns=["name", "document", "claim", "documented", "rule", *rest]).set_index("name")
 

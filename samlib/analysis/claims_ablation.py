@@ -17,13 +17,13 @@ POINT = f"{100 * MARGIN:g} point"
 def compared(results: Results, a: str, b: str, value: str = "test_accuracy", **rule: float) -> Iterator[Finding]:
     """A finding a setting on a minus b; none where these runs hold no such pair."""
     for where, found in by_setting(paired(results, a, b, value), value):
-        comparison = f"{mix_name(a)} − {mix_name(b)}, {value.replace('_', ' ')}: {where}"
-        yield Finding(comparison, found, decide(found, **rule))
+        what = f"{mix_name(a)} − {mix_name(b)}, {value.replace('_', ' ')}"
+        yield Finding(where, found, decide(found, **rule), what=what)
 
 
 def says(
     name: str, quote: str, rule: str, pairs: Iterable[tuple[str, str]], values: Iterable[str] = ("test_accuracy",),
-    documented: str = "", **verdict: float,
+    documented: str = "", every: bool = False, **verdict: float,
 ) -> None:  # fmt: skip
     """The claim that the first of each pair of updates is above or below the second, paired by seed at the same ρ."""
 
@@ -32,14 +32,14 @@ def says(
             for a, b in pairs:
                 yield from compared(results, a, b, value, **verdict)
 
-    claim(**HERE, name=name, quote=quote, rule=rule, documented=documented)(findings)
+    claim(**HERE, name=name, quote=quote, rule=rule, documented=documented, every=every)(findings)
 
 
 # fmt: off
 says("checkpoint1_contributes_most",
      "Which checkpoint among the four contributes most to finding the flat minima in SAM?",
      f"test accuracy of checkpoint 1 alone minus that of 2, 3 and 4 alone, {PAIRED}: the interval lies above zero",
-     [("checkpoint1", f"checkpoint{k}") for k in (2, 3, 4)], above=0,
+     [("checkpoint1", f"checkpoint{k}") for k in (2, 3, 4)], above=0, every=True,
      documented="checkpoint 1: +1.2 to +2.2 points over SGD, the most of the four at every ρ")
 says("others_end_sharper", "Repeating this experiment with other checkpoints resulted in sharper minima.",
      f"sharpness of checkpoint 2, 3 and 4 alone minus checkpoint 1's, {PAIRED}: the interval lies above zero",
@@ -47,7 +47,7 @@ says("others_end_sharper", "Repeating this experiment with other checkpoints res
 says("subsets_with_checkpoint1_beat_sam",
      "Checkpoints 1+2, 1+3 and 1+2+3 test above SAM, in its second table (in our words)",
      f"test accuracy minus SAM's, {PAIRED}: the interval lies above zero", [(mix, "sam") for mix in SUBSETS], above=0,
-     documented="+0.1 to +1.3 points")
+     every=True, documented="+0.1 to +1.3 points")
 says("a_constant_gain_does_as_well",
      "Instead of increasing magnitude follows ratio, increase with the fixed constant.",
      f"test accuracy of SGD with checkpoint 1 doubled minus checkpoint 1 alone, {PAIRED}: at most {POINT} below",
@@ -58,6 +58,7 @@ says("a_constant_gain_does_as_well",
 @claim(
     **HERE, quote="SAM's ability to find flat minima was maintained.",
     documented="checkpoint 1: −0.2 to +0.6 points of test accuracy over SAM",
+    every=True,
     rule=f"checkpoint 1 alone, {PAIRED}: its test accuracy is no more than {POINT} below SAM's, and it keeps at least "
     f"{100 * KEPT:g} % of what SAM takes off SGD's sharpness; undecided where SAM itself is not flatter than SGD",
 )  # fmt: skip
@@ -70,12 +71,13 @@ def checkpoint1_keeps_flatness(results: Results) -> Iterator[Finding]:
         for where, found in by_setting(to_sam.assign(difference=lost), name):
             sam = flatter.get(where) == HOLDS
             verdict, note = (decide(found, below=0), "") if sam else (UNDECIDED, "SAM is not flatter than SGD here")
-            yield Finding(f"checkpoint 1 above the margin, {name}: {where}", found, verdict, note)
+            yield Finding(where, found, verdict, note, f"checkpoint 1 above the margin, {name}")
 
 
 @claim(
     **HERE, quote="The realistic ability of SAM is due to its effective learning rate, evidenced by checkpoint1, not "
     "direction modification.",
+    every=True,
     rule=f"each parameter's, test accuracy, {PAIRED}: SAM's sizes with SGD's signs end no more than {POINT} below SAM, "
     f"and SAM's signs with SGD's sizes no more than {POINT} above SGD",
 )  # fmt: skip
@@ -86,6 +88,7 @@ def learning_rate_not_direction(results: Results) -> Iterator[Finding]:
 
 @claim(
     **HERE, document=ASKED, quote="The length of the whole step does it",
+    every=True,
     rule=f"test accuracy, {PAIRED}: SGD's direction at SAM's (checkpoint 1's) length ends no more than {POINT} below "
     f"it, and SAM's direction at SGD's length no more than {POINT} above SGD",
 )  # fmt: skip

@@ -38,20 +38,20 @@ def each(
         signed = unit == "points" or 0 in rule.values()
         for setting, e in by_setting(frame, value, unit=unit, signed=signed).items():
             note = f"{words} {others[setting]}" if beside else ""
-            yield Finding(f"{setting}: {what}" if what else setting, e, decide(e, **rule), note)
+            yield Finding(setting, e, decide(e, **rule), note, what)
 
     return findings
 
 
 def says(notebook: str, name: str, quote: str, rule: str, rows: Callable, *numbers: Callable, documented: str = ""):
-    """The claim of that name: what each of `numbers` (of `each`) finds in SAM's rows."""
+    """The claim of that name: what each of `numbers` (of `each`) finds in SAM's rows, of which a setting needs all."""
 
     def findings(results: Results) -> Iterator[Finding]:
         frame = of_sam(rows(results))
         for number in numbers:
             yield from number(frame)
 
-    claim("geometry", notebook=notebook, name=name, quote=quote, rule=rule, documented=documented)(findings)
+    claim("geometry", notebook=notebook, name=name, quote=quote, rule=rule, documented=documented, every=True)(findings)
 
 
 def end(column: str, k: int) -> Callable[[pd.DataFrame], float]:

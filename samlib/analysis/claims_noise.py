@@ -16,15 +16,15 @@ SANER = "scale2x0.5"
 
 def on_flips(results: Results, other: str, value: str, **rule: float) -> Iterator[Finding]:
     """SANER minus another update in every setting with flipped labels; beside SAM also each at its own ρ."""
-    yield from (f for f in compared(results, SANER, other, value, **rule) if ", 0 % flipped" not in f.comparison)
+    yield from (f for f in compared(results, SANER, other, value, **rule) if ", 0 % flipped" not in f.where)
     rows = at_own_rho(results, SANER, other, value).query("noise_fraction > 0") if other == "sam" else []
     for where, found in by_setting(rows, value) if len(rows) else ():
-        comparison = f"SANER, at its own ρ, − SAM, at its own, {value.replace('_', ' ')}: {where}"
-        yield Finding(comparison, found, decide(found, **rule))
+        what = f"SANER, at its own ρ, − SAM, at its own, {value.replace('_', ' ')}"
+        yield Finding(where, found, decide(found, **rule), what=what)
 
 
 @claim(
-    **HERE, quote="Flipped labels' gradients dominate where 0 < g'/g < 1: in checkpoint 2 (in our words)",
+    **HERE, every=True, quote="Flipped labels' gradients dominate where 0 < g'/g < 1: in checkpoint 2 (in our words)",
     rule="beside as many random active parameters of the same kinds of layer, the share of checkpoint 2's parameters "
     "whose direction the flipped images set, and their share of its |g|, mean over a run's probes, and over the last "
     "third of them (added after the first numbers): the interval of the difference lies above zero",
@@ -34,23 +34,24 @@ def checkpoint2_carries_the_flips(results: Results) -> Iterator[Finding]:
         for name in ("sets", "of_g"):
             for third, when in ((None, ""), (3, " in the last third")):
                 for at, found in beyond_chance(results, name, 2, mix, third).items():
-                    comparison = f"{mix_name(mix)}, {COLUMNS[name]}{when}: {setting_name(*at)}"
-                    yield Finding(comparison, found, decide(found, above=0))
+                    what = f"{mix_name(mix)}, {COLUMNS[name]}{when}"
+                    yield Finding(setting_name(*at), found, decide(found, above=0), what=what)
 
 
 # fmt: off
-claim(**HERE, name="saner_memorizes_less",
+claim(**HERE, name="saner_memorizes_less", every=True,
       quote="Scaling checkpoint 2 down, α = 0.5, memorizes fewer flipped labels than SAM (in our words)",
       rule=f"memorized flips, SANER minus SAM, {PAIRED}, and each at its own: the interval lies below zero",
       )(partial(on_flips, other="sam", value="memorized", below=0))
-claim(**HERE, name="saner_beats_sam", quote="Under label noise SANER tests above SAM (in our words)",
+claim(**HERE, name="saner_beats_sam", every=True,
+      quote="Under label noise SANER tests above SAM (in our words)",
       rule=f"test accuracy, SANER minus SAM, {PAIRED}, and each at its own: the interval lies above zero",
       )(partial(on_flips, other="sam", value="test_accuracy", above=0))
 # fmt: on
 
 
 @claim(
-    **HERE, document=ASKED,
+    **HERE, document=ASKED, every=True,
     quote="It has to be checkpoint 2 that SANER scales, not as many random parameters",
     rule=f"SANER minus SANER with checkpoints shuffled in each layer, {PAIRED}: memorized flips below zero, test "
     "accuracy above",

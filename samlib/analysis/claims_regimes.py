@@ -52,16 +52,17 @@ def over(rival: str) -> Callable[[Results], pd.Series]:
 
 
 def each(
-    name: str, quote: str, rule: str, column: Callable[[Results], pd.Series], document: str = "", **verdict: float
-):
-    """A claim on Estimates by regime, a finding each."""
+    name: str, quote: str, rule: str, column: Callable[[Results], pd.Series], document: str = "", every: bool = False,
+    **verdict: float,
+) -> None:  # fmt: skip
+    """A claim on Estimates by regime, or by kind of sharpness and regime, a finding each."""
 
     def judged(results: Results) -> Iterator[Finding]:
         for (*kind, data, noise), e in column(results).items():
             if e.n:
-                yield Finding(", ".join([*kind, setting_name(data, noise)]), e, decide(e, **verdict))
+                yield Finding(setting_name(data, noise), e, decide(e, **verdict), what="".join(kind))
 
-    claim(**DATA, name=name, quote=quote, rule=rule, document=document)(judged)
+    claim(**DATA, name=name, quote=quote, rule=rule, document=document, every=every)(judged)
 
 
 INTERACTION = "the interaction between dataset size and label noise" + READ_AS
@@ -107,7 +108,7 @@ def flatter_and_better(results: Results) -> Iterator[Finding]:
 
 each("sam_ends_flatter", "SAM looks for weights in whose whole neighbourhood the loss is low (in our words)",
      "sharpness at the end on the labels trained on, normalized logits, SAM minus SGD, paired by seed, by random "
-     f"directions and by ascent: {BELOW}", flatter, FORET, below=0)  # fmt: skip
+     f"directions and by ascent: {BELOW}", flatter, FORET, every=True, below=0)  # fmt: skip
 
 
 def correlated(results: Results, **verdict: float) -> Iterator[Finding]:

@@ -76,7 +76,7 @@ def readme_number(found: Mapping[str, list[Results]], column: str, claim: str, c
         there = ", ".join(found)
         raise UserError(f"README: there is no claim {claim!r} with a column {column!r}; the columns are {there}")
     findings = named[0].findings(*found[column])
-    said = {f.comparison: str(f.measured) for f in findings} | {None: overall(findings)}
+    said = {f.comparison: str(f.measured) for f in findings} | {None: overall(findings, named[0].every)}
     if comparison not in said:
         raise UserError(f"README: {claim} has no comparison {comparison!r}; it has {', '.join(filter(None, said))}")
     return said[comparison]
