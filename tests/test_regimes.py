@@ -228,15 +228,13 @@ def test_where_a_study_has_only_sgd_and_sam_on_clean_labels_what_lacks_says_so(r
 def test_missing_and_diverged_runs_are_in_no_mean_and_are_counted(root, tmp_path):
     shutil.copytree(root / "runs", tmp_path / "runs")
     study = Study.load(root / "s.yaml")
-    sam = [
-        c
-        for c in study.configs("regimes")
-        if (c.mix, c.rho, c.data_fraction, c.noise_fraction) == ("sam", 0.1, 0.2, 0.4)
+    saner = [
+        c for c in study.configs("regimes") if (c.mix, c.data_fraction, c.noise_fraction) == ("scale2x0.5", 0.2, 0.4)
     ]
-    shutil.rmtree(tmp_path / "runs" / sam[0].run_id)
-    shutil.rmtree(tmp_path / "runs" / sam[1].run_id)
-    write_run(tmp_path / "runs", sam[1], rows(sam[1]), "diverged", **dict.fromkeys(numbers(sam[1])))
-    e = regimes.gains(regimes.chosen(load(study, tmp_path / "runs")))["SAM − SGD"][0.2, 0.4]
+    shutil.rmtree(tmp_path / "runs" / saner[0].run_id)
+    shutil.rmtree(tmp_path / "runs" / saner[1].run_id)
+    write_run(tmp_path / "runs", saner[1], rows(saner[1]), "diverged", **dict.fromkeys(numbers(saner[1])))
+    e = regimes.gains(regimes.chosen(load(study, tmp_path / "runs")))["SANER − SGD"][0.2, 0.4]
     assert e.value == pytest.approx(0.04) and math.isnan(e.half) and (e.n, e.left_out) == (1, 2)
 
 

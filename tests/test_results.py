@@ -16,7 +16,6 @@ from samlib.analysis.results import (
     load,
     mix_name,
     mix_order,
-    pairs,
     trainings,
 )
 from samlib.config import UserError
@@ -45,7 +44,7 @@ def results(tmp_path):
         )
         rows = {
             "sharpness": [
-                {"epoch": e, "measure": "random", "labels": "trained", "logits": "raw", "value": e * config.rho}
+                {"epoch": e, "measure": "random", "labels": "trained", "logits": "raw", "setting": 0.05, "value": e}
                 for e in (1, 2)
             ]
         }
@@ -120,13 +119,19 @@ def test_a_run_with_two_different_partners_is_refused(results):
         results.pairs("sam", "sgd", but=("seed",))
 
 
-def test_a_table_carries_its_runs_fields_and_last_its_last_epoch(results):
+def test_a_table_carries_its_runs_fields_and_sharpness_is_of_the_last_epoch(results):
     rows = results.table("sharpness", "other")
     assert rows[["mix", "rho", "seed"]].drop_duplicates().values.tolist() == [["sam", 0.1, 9]]
-    last = results.last("sharpness", "main")
-    assert (last.epoch == 2).all() and last.index.is_unique
-    at = pairs(last, "sam", "scale2x0.5", "value", also=("measure", "labels"))
-    assert at.difference.eq(0).all() and len(at) == 8
+    last = results.sharpness("main")
+    assert (last.epoch == 2).all() and last.index.is_unique and set(last.kind) == {"random directions"}
+    at = results.pairs("sam", "scale2x0.5", "random directions", "main")
+    assert at.difference.eq(0).all() and len(at) == 6  # of eight of one radius, two of SAM's diverged
+
+
+def test_a_diverged_run_has_no_sharpness(results):
+    diverged = results.planned().query("status == 'diverged'").index
+    assert len(diverged) == 2 and not results.sharpness().index.isin(diverged).any()
+    assert results.means("random directions", ("mix", "rho", "data_fraction"), "main")["sam", 0.2, 1.0].n == 2
 
 
 def test_a_table_is_read_from_disk_once_and_callers_get_copies(results, monkeypatch):
@@ -137,7 +142,9 @@ def test_a_table_is_read_from_disk_once_and_callers_get_copies(results, monkeypa
 
 
 def test_each_mix_is_taken_at_the_rho_that_is_chosen_in_its_regime(results):
-    runs = results.planned("main").assign(validation_accuracy=lambda f: (f.rho == 0.1 + 0.1 * (f.mix == "sam")) * 1.0)
+    runs = results.planned("main").assign(
+        status="done", validation_accuracy=lambda f: (f.rho == 0.1 + 0.1 * (f.mix == "sam")) * 1.0
+    )
     best = at_chosen_rho(runs).query("mix != 'sgd'").groupby("mix").rho.unique()
     assert best["sam"].tolist() == [0.2] and best["scale2x0.5"].tolist() == [0.1]
     assert (at_chosen_rho(runs).mix == "sgd").sum() == (runs.mix == "sgd").sum()
@@ -159,14 +166,31 @@ def test_relative_paths_are_the_callers_and_else_the_projects(results, tmp_path,
     assert found_path("studies/quick.yaml") == PROJECT / "studies/quick.yaml"
 
 
+def swept(*rows) -> pd.DataFrame:
+    """Runs of SAM: (seed, ρ, accuracy on held-out images); None: it diverged."""
+    frame = pd.DataFrame(rows, columns=["seed", "rho", "validation_accuracy"]).astype(float)
+    return frame.assign(mix="sam", status=np.where(frame.validation_accuracy.isna(), "diverged", "done"))
+
+
 def test_rho_is_chosen_on_held_out_training_images_alone():
-    rows = [
-        ("sam", r, "done", v, t) for r, v, t in ((0.1, 0.8, 0.9), (0.1, 0.8, 0.9), (0.2, 0.82, 0.1), (0.2, 0.8, 0.1))
-    ]
-    frame = pd.DataFrame(rows, columns=["mix", "rho", "status", "validation_accuracy", "test_accuracy"])
-    assert chosen_rho(frame)[""] == 0.2
-    assert math.isnan(chosen_rho(frame.assign(validation_accuracy=np.nan))[""])
-    assert chosen_rho(frame[frame.rho == 0.1].assign(validation_accuracy=np.nan))[""] == 0.1
+    frame = swept((0, 0.1, 0.8), (1, 0.1, 0.8), (0, 0.2, 0.82), (1, 0.2, 0.8))
+    frame["test_accuracy"] = [0.9, 0.9, 0.1, 0.1]
+    assert chosen_rho(frame) == 0.2
+    assert math.isnan(chosen_rho(frame.assign(validation_accuracy=np.nan)))
+    assert chosen_rho(frame[frame.rho == 0.1].assign(validation_accuracy=np.nan)) == 0.1
+    assert math.isnan(chosen_rho(frame, "scale2x0.5"))
+
+
+def test_a_rho_of_which_a_run_diverged_is_not_chosen():
+    frame = swept((0, 0.1, 0.7), (1, 0.1, 0.7), (0, 0.2, 0.9), (1, 0.2, None))
+    assert chosen_rho(frame) == 0.1 and chosen_rho(frame[frame.rho == 0.2]) == 0.2  # its only one
+
+
+def test_rhos_are_compared_on_the_seeds_that_all_of_them_have():
+    easy = (2, 0.2, 0.99)  # a seed that helps whoever has it
+    frame = swept((0, 0.1, 0.8), (1, 0.1, 0.8), (0, 0.2, 0.75), (1, 0.2, 0.75), easy)
+    assert chosen_rho(frame) == 0.1 and chosen_rho(pd.concat([frame, swept((2, 0.1, 0.1))])) == 0.2
+    assert chosen_rho(swept((0, 0.1, 0.8), (1, 0.2, 0.9))) == 0.2  # none in common
 
 
 def test_the_caption_names_dataset_flips_model_rho_and_seeds(results):

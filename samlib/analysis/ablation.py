@@ -7,51 +7,27 @@ import numpy as np
 import pandas as pd
 
 from samlib import PROJECT
-from samlib.analysis import results as reading
-from samlib.analysis.results import NotMeasured, Results, chosen_rho, estimates, mix_order, pairs, setting_name
+from samlib.analysis.results import Grids, NotMeasured, Results, chosen_rho, estimates, mix_order, setting_name
 from samlib.analysis.stats import Estimate
 
 DOCUMENT = PROJECT / "notebooks/reference/checkpoint_ablation.csv"  # CIFAR-100, one run a cell
 ACCURACIES = ("test_accuracy", "eval_train_accuracy", "memorized", "memorized_chance")
-MEASURES = "random directions", "ascent"
-SHARPNESS = tuple(measure + logits for measure in MEASURES for logits in ("", ", normalized logits"))
 CELL, SETTING = ("mix", "rho"), ("data_fraction", "noise_fraction", "rho", "augment")
-Grids = str | list[str] | None
-
-
-def sharpness(results: Results, name: str, grid: Grids = None) -> pd.DataFrame:
-    """One of SHARPNESS of Results.sharpness. Raises NotMeasured where no run has the table."""
-    return results.sharpness(grid).query("kind == @name")
-
-
-def paired(results: Results, a: str, b: str, value: str, grid: Grids = None) -> pd.DataFrame:
-    """`pairs` of two updates in an accuracy or in one of SHARPNESS; of an ascent, at equal radii alone."""
-    if value not in SHARPNESS:
-        return results.pairs(a, b, value, grid)
-    return pairs(sharpness(results, value, grid), a, b, "value", also=("setting",))
 
 
 def differences(results: Results, value: str, grid: Grids = None, baseline: str = "sgd") -> pd.Series:
     """Each update minus the baseline, paired by seed at the same ρ (SGD has none): an Estimate by mix and ρ."""
     mixes = [mix for mix in results.runs(grid).mix.unique() if mix not in ("sgd", baseline)]
-    rows = [pair for mix in mixes if len(pair := paired(results, mix, baseline, value, grid))]
+    rows = [pair for mix in mixes if len(pair := results.pairs(mix, baseline, value, grid))]
     if not rows:
         raise NotMeasured(f"no finished run has a partner with the update {baseline}")
-    return estimates(pd.concat(rows), "difference", CELL, "nats" if value in SHARPNESS else None)
-
-
-def levels(results: Results, value: str, grid: Grids = None) -> pd.Series:
-    """The mean of an accuracy or of one of SHARPNESS: an Estimate by mix and ρ, which for SGD is NaN."""
-    if value not in SHARPNESS:
-        return results.means(value, CELL, grid)
-    rows = reading.trainings(sharpness(results, value, grid), also=("setting",))
-    return estimates(rows.assign(rho=rows.rho.mask(rows.mix == "sgd")), "value", CELL, "nats")
+    return estimates(pd.concat(rows), "difference", CELL)
 
 
 def table(results: Results, grid: Grids = None, names: Iterable[str] = ACCURACIES) -> pd.DataFrame:
     """Levels of accuracies or of SHARPNESS, of the first also the differences to SGD and SAM: a row a mix and ρ."""
     first, *_ = names
-    found = {name: levels(results, name, grid) for name in names}
+    found = {name: results.means(name, CELL, grid) for name in names}
     for mix in ("sgd", "sam"):
         with suppress(NotMeasured):
             found[f"{first} minus {mix.upper()}"] = differences(results, first, grid, mix)
@@ -62,7 +38,7 @@ def table(results: Results, grid: Grids = None, names: Iterable[str] = ACCURACIE
 def shown_rho(results: Results, grid: Grids = None) -> float:
     """The ρ of a figure at one: the only one, else the one that SAM's held-out accuracy chooses, or the commonest."""
     runs = results.runs(grid)
-    chosen, others = chosen_rho(runs).get("", np.nan), runs[runs.mix != "sgd"]
+    chosen, others = chosen_rho(runs), runs[runs.mix != "sgd"]
     return float((others if len(others) else runs).rho.mode()[0] if np.isnan(chosen) else chosen)
 
 
@@ -79,7 +55,7 @@ def rho_choice(results: Results, grid: Grids = None) -> pd.DataFrame:
     """Held-out accuracy by ρ and the ρ that it chooses: a row an update that was trained at several."""
     mixes, held_out = swept(results, grid), results.means("validation_accuracy", CELL, grid).unstack("rho")
     found = held_out.loc[mixes].dropna(axis=1, how="all").rename(columns="ρ = {:g}".format)
-    return found.assign(chosen=[f"{chosen_rho(results.runs(grid), mix)['']:g}" for mix in mixes])
+    return found.assign(chosen=[f"{chosen_rho(results.runs(grid), mix):g}" for mix in mixes])
 
 
 def document() -> pd.DataFrame:
@@ -99,8 +75,8 @@ def beside_document(results: Results, grid: Grids = None) -> pd.DataFrame:
     return found.loc[sorted(found.index, key=mix_order)]
 
 
-def by_setting(rows: pd.DataFrame, value: str) -> Iterator[tuple[str, Estimate]]:
-    """The difference of `paired` rows in each setting that they hold, with the setting in words."""
-    found = estimates(rows, "difference", SETTING, "nats" if value in SHARPNESS else None)
+def by_setting(rows: pd.DataFrame) -> Iterator[tuple[str, Estimate]]:
+    """The difference of `pairs` in each setting that they hold, with the setting in words."""
+    found = estimates(rows, "difference", SETTING)
     for (*where, augment), estimate in found.items():
         yield setting_name(*where) + ", augmented" * augment, estimate

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable, Iterator
 
-from samlib.analysis.ablation import SHARPNESS, by_setting, paired
+from samlib.analysis.ablation import by_setting
 from samlib.analysis.claim import ASKED, Finding, claim
-from samlib.analysis.results import Results, mix_name
+from samlib.analysis.results import SHARPNESS, Results, mix_name
 from samlib.analysis.stats import HOLDS, MARGIN, UNDECIDED, decide
 
 HERE = {"subject": "geometry", "notebook": "06_checkpoint_ablation"}
@@ -16,7 +16,7 @@ POINT = f"{100 * MARGIN:g} point"
 
 def compared(results: Results, a: str, b: str, value: str = "test_accuracy", **rule: float) -> Iterator[Finding]:
     """A finding a setting on a minus b; none where these runs hold no such pair."""
-    for where, found in by_setting(paired(results, a, b, value), value):
+    for where, found in by_setting(results.pairs(a, b, value)):
         what = f"{mix_name(a)} − {mix_name(b)}, {value.replace('_', ' ')}"
         yield Finding(where, found, decide(found, **rule), what=what)
 
@@ -65,10 +65,10 @@ says("a_constant_gain_does_as_well",
 def checkpoint1_keeps_flatness(results: Results) -> Iterator[Finding]:
     yield from compared(results, "checkpoint1", "sam", above=-MARGIN)
     for name in SHARPNESS:
-        flatter = {where: decide(e, below=0) for where, e in by_setting(paired(results, "sam", "sgd", name), name)}
-        to_sam, to_sgd = (paired(results, "checkpoint1", mix, name) for mix in ("sam", "sgd"))
+        flatter = {where: decide(e, below=0) for where, e in by_setting(results.pairs("sam", "sgd", name))}
+        to_sam, to_sgd = (results.pairs("checkpoint1", mix, name) for mix in ("sam", "sgd"))
         lost = KEPT * to_sam.difference + (1 - KEPT) * to_sgd.difference.reindex(to_sam.index)  # 0 at the margin
-        for where, found in by_setting(to_sam.assign(difference=lost), name):
+        for where, found in by_setting(to_sam.assign(difference=lost)):
             sam = flatter.get(where) == HOLDS
             verdict, note = (decide(found, below=0), "") if sam else (UNDECIDED, "SAM is not flatter than SGD here")
             yield Finding(where, found, verdict, note, f"checkpoint 1 above the margin, {name}")

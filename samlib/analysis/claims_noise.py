@@ -18,7 +18,7 @@ def on_flips(results: Results, other: str, value: str, **rule: float) -> Iterato
     """SANER minus another update in every setting with flipped labels; beside SAM also each at its own ρ."""
     yield from (f for f in compared(results, SANER, other, value, **rule) if ", 0 % flipped" not in f.where)
     rows = at_own_rho(results, SANER, other, value).query("noise_fraction > 0") if other == "sam" else []
-    for where, found in by_setting(rows, value) if len(rows) else ():
+    for where, found in by_setting(rows) if len(rows) else ():
         what = f"SANER, at its own ρ, − SAM, at its own, {value.replace('_', ' ')}"
         yield Finding(where, found, decide(found, **rule), what=what)
 

@@ -102,7 +102,7 @@ def flatter_and_better(results: Results) -> Iterator[Finding]:
         change = flat.get(("random directions, normalized logits", *regime), Estimate())
         verdicts = [decide(change, below=0), decide(better, above=0)]
         verdict = next(word for word in (NOT_MEASURED, CONTRADICTED, UNDECIDED, HOLDS) if word in verdicts)
-        said = f"sharpness {change.format(n=False)} nats, accuracy {better}"
+        said = f"sharpness {change.format(n=False)}, accuracy {better}"
         yield Finding(setting_name(*regime), said, verdict)
 
 

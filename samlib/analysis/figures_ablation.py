@@ -8,14 +8,13 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from samlib.analysis import ablation, figures
-from samlib.analysis.ablation import Grids
 from samlib.analysis.figures import look, rho_axis
 from samlib.analysis.figures_geometry import CHANCE, lines
-from samlib.analysis.results import NotMeasured, Results, in_order, mix_name, plural, trainings
+from samlib.analysis.results import SHARPNESS, Grids, NotMeasured, Results, in_order, mix_name, plural, trainings
 from samlib.analysis.stats import Estimate, expected_by_chance
 
 TITLES = {"test_accuracy": "test accuracy", "memorized": "flips memorized", "eval_train_accuracy": "training accuracy"}
-TITLES |= {name: textwrap.fill(f"sharpness, {name}", 24) for name in ablation.SHARPNESS}
+TITLES |= {name: textwrap.fill(f"sharpness, {name}", 24) for name in SHARPNESS}
 
 
 def drawn(e: Estimate) -> tuple[float, float]:
@@ -37,7 +36,7 @@ def dots(results: Results, values: Iterable[str], grid: Grids = None, minus_sgd:
     update with fewer runs. Limits are around the means: an interval much wider than their range is cut off."""
     rho, panels = ablation.shown_rho(results, grid), {}
     for value in values:
-        of_value = (ablation.differences if minus_sgd else ablation.levels)(results, value, grid)
+        of_value = ablation.differences(results, value, grid) if minus_sgd else results.means(value, grid=grid)
         if len(found := at(rho, of_value)):
             panels[value] = found
     if not panels:
@@ -55,7 +54,7 @@ def dots(results: Results, values: Iterable[str], grid: Grids = None, minus_sgd:
         if "sam" in found:
             axes.axvline(drawn(found["sam"])[0], color=look("sam")["color"], linestyle="--", linewidth=1, zorder=1)
         if value == "memorized" and not minus_sgd:
-            chance = at(rho, ablation.levels(results, "memorized_chance", grid)).map(lambda e: drawn(e)[0])
+            chance = at(rho, results.means("memorized_chance", grid=grid)).map(lambda e: drawn(e)[0])
             axes.plot(chance, [mixes.index(mix) for mix in chance.index], "|", color=figures.GREY, markersize=12)
         room, (low, high) = 0.5 * np.ptp(means) or 1.0, axes.get_xlim()
         axes.set_xlim(max(min(means) - room, low), min(max(means) + room, high))
@@ -93,7 +92,7 @@ def over_rho(
         if value == "memorized":
             found += [(p, "memorized_chance", s | CHANCE | {"color": s["color"]}) for p, _, s in found]
     for value in values:
-        pairs = {mix: ablation.paired(results, mix, "sam", value, grids) for mix in mixes if mix != "sam"}
+        pairs = {mix: results.pairs(mix, "sam", value, grids) for mix in mixes if mix != "sam"}
         panels[f"{TITLES[value]} minus SAM's, points"] = [
             (part.reset_index(names="run"), "difference", look(mix)) for mix, part in pairs.items() if len(part)
         ]

@@ -16,7 +16,7 @@ from samlib.analysis.results import (
     SEEDS,
     NotMeasured,
     Results,
-    chosen_rho,
+    at_chosen_rho,
     mix_name,
     mix_order,
     once,
@@ -34,15 +34,20 @@ LAGS = np.array([1, 2, 5, 10, 20, 50, *(k * 10**e for e in range(2, 6) for k in 
 REFERENCE = PROJECT / "notebooks/reference/flatness_thresholds.csv"
 
 
+def grids(results: Results, notebook: str) -> list[str]:
+    """The loaded grids that the study reads in this notebook; all, where it names none of them."""
+    read = sum(((a.grid, *a.parameters.values()) for a in results.study.notebooks if a.notebook[:2] == notebook), ())
+    return [grid for grid in results.grids if grid in read] or list(results.grids)
+
+
 @once
 def rows(results: Results, name: str, notebook: str = "02") -> pd.DataFrame:
-    """A table's rows, of the loaded grids that the study reads in this notebook (of all, where it names none of them),
-    with the fields of SETTING, `seed`, `setting`, SETTING in words, and `radius`, the table's own ρ.
+    """A table's rows, of `grids`, with the fields of SETTING, `seed`, `setting`, SETTING in words, and `radius`, the
+    table's own ρ.
 
     Raises NotMeasured where no run has it, or where runs of one setting and seed differ in something else.
     """
-    read = sum(((a.grid, *a.parameters.values()) for a in results.study.notebooks if a.notebook[:2] == notebook), ())
-    grid = [grid for grid in results.grids if grid in read] or list(results.grids)
+    grid = grids(results, notebook)
     frame, runs = results.table(name, grid, (*SETTING, "seed", "steps_per_epoch", "probe_every")), results.runs(grid)
     if "rho_run" in frame:
         frame = frame.rename(columns={"rho": "radius", "rho_run": "rho"})
@@ -170,9 +175,9 @@ def sweep(results: Results) -> pd.DataFrame:
     found = found.assign(own=[share.loc[run, rho] for run, rho in found.rho.items()])
     found = found.assign(common=share[shared[0]] if shared else np.nan, radius=shared[0] if shared else np.nan)
     found = found.join(results.runs()[["status", "test_accuracy", "validation_accuracy"]]).reset_index()
-    best = {key: chosen_rho(part, key[0])[""] for key, part in found.groupby(["mix", *REGIME])}
-    keys = zip(found.mix, found.data_fraction, found.noise_fraction, strict=True)
-    return found.assign(chosen=np.where(found.rho == [best[key] for key in keys], "chosen", ""))
+    best = at_chosen_rho(trainings(results.planned(grids(results, "04"))))  # where those that diverged are too
+    settings = pd.MultiIndex.from_frame(found[[*SETTING]]).isin(pd.MultiIndex.from_frame(best[[*SETTING]]))
+    return found.assign(chosen=np.where(settings, "chosen", ""))
 
 
 def leaving(results: Results) -> pd.DataFrame:

@@ -105,15 +105,15 @@ def rivals(results: Results) -> pd.DataFrame:
 
 @once
 def sharpness(results: Results) -> pd.DataFrame:
-    """Results.sharpness of the chosen runs that did not diverge: a row a run and kind."""
+    """Results.sharpness of the chosen runs: a row a run and kind."""
     rows = results.sharpness(grid(results, "regimes"))
-    return rows[rows.index.isin(chosen(results).index) & (rows.status == "done")]
+    return rows[rows.index.isin(chosen(results).index)]
 
 
 @once
 def sharpness_differences(results: Results) -> pd.DataFrame:
     """Each mix's sharpness minus SGD's, in nats: a row a kind and regime; below zero is flatter."""
-    return gains(sharpness(results), "value", ("kind", *REGIME), also=("kind", "setting"))
+    return gains(sharpness(results), "value", ("kind", *REGIME))
 
 
 @once
@@ -139,8 +139,7 @@ def sweep(results: Results) -> pd.DataFrame:
     runs = runs[runs.mix != "sgd"]
     values = [v for v in ("validation_accuracy", "test_accuracy", "memorized") if runs[v].notna().any()]
     table = pd.DataFrame({v: estimates(runs, v, ("mix", "rho")) for v in values})
-    best = {mix: chosen_rho(runs, mix).get("") for mix in set(runs.mix)}
-    return table.assign(chosen=["✔" if best[mix] == rho else "" for mix, rho in table.index])
+    return table.assign(chosen=["✔" if chosen_rho(runs, mix) == rho else "" for mix, rho in table.index])
 
 
 def augmentation(results: Results) -> pd.DataFrame:

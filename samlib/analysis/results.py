@@ -27,7 +27,10 @@ COUNTED = dict.fromkeys(("test_accuracy", "stopped_test_accuracy", "gap"), "test
 COUNTED |= dict.fromkeys(("train_accuracy", "eval_train_accuracy"), "train_images")
 COUNTED |= {"validation_accuracy": "validation_images"}
 COUNTED |= dict.fromkeys(("memorized", "corrected", "memorized_chance"), "flipped")
+SHARPNESS = ("random directions", "random directions, normalized logits", "ascent", "ascent, normalized logits")
 LOSSES = ("eval_train_loss", "validation_loss", "test_loss")
+NATS = (*LOSSES, *SHARPNESS, "value")  # a column `value` is of Results.sharpness
+ALSO = ("kind", "setting")  # of a row of Results.sharpness: what is measured, and at which radius
 NAMED = 4  # missing or diverged runs told by name, at most
 Grids = str | Iterable[str] | None  # names of a study's grids; None: all that are loaded
 
@@ -95,30 +98,30 @@ class Results:
         return rows.join(about, on="run").reset_index(drop=True)
 
     @once
-    def last(self, name: str, grid: Grids = None) -> pd.DataFrame:
-        """The rows of a table at each run's last measured epoch, beside the run's configuration and summary (a column
-        that both have is the table's), indexed by run: what `pairs` compares sharpness and curvature by."""
-        rows = self.table(name, grid, fields=())
-        rows = rows[rows.epoch == rows.groupby("run").epoch.transform("max")].set_index("run")
-        runs = self.runs(grid)
-        return runs[runs.columns.difference(rows.columns, sort=False)].join(rows, how="inner")
-
-    @once
     def sharpness(self, grid: Grids = None) -> pd.DataFrame:
-        """`last` of sharpness on the labels trained on, `value` in nats, by `kind` ("ascent, normalized logits"); the
-        ascent at the radius that all runs have in common (probe_rho), or else at the run's own."""
-        rows = self.last("sharpness", grid)
+        """Of the runs that did not diverge, indexed by run, a row a `kind`, of SHARPNESS: `value` in nats, at the last
+        epoch on the labels trained on, beside the run's configuration and `gap`; the ascent at the radius that all runs
+        have in common (probe_rho), or else at the run's own. Raises NotMeasured where no run has it."""
+        rows = self.table("sharpness", grid, (*RunConfig.model_fields, "status", "gap")).set_index("run")
+        rows = rows[(rows.epoch == rows.groupby("run").epoch.transform("max")) & (rows.status == "done")]
         common = pd.to_numeric(rows.probe_rho).fillna(rows.rho)
         rows = rows[(rows.labels == "trained") & ((rows.measure != "ascent") | (rows.setting == common))]
         kind = rows.measure.replace("random", "random directions")
         return rows.assign(kind=kind + rows.logits.map({"raw": "", "normalized": ", normalized logits"}))
 
+    def of(self, value: str, grid: Grids = None) -> pd.DataFrame:
+        """The rows that hold a value: `planned`, or those of one of SHARPNESS, in a column of that name."""
+        if value not in SHARPNESS:
+            return self.planned(grid)
+        return self.sharpness(grid).query("kind == @value").rename(columns={"value": value})
+
     @once
     def pairs(
         self, a: Any, b: Any, value: str = "test_accuracy", grid: Grids = None, but: Sequence[str] = ()
     ) -> pd.DataFrame:
-        """`pairs` of the runs of a grid: a row a run of the kind a, beside its partner of the kind b."""
-        return pairs(self.planned(grid), a, b, value, but)
+        """`pairs` of the runs of a grid: a row a run of the kind a, beside its partner of the kind b; of an ascent, at
+        equal radii alone. value: a column of `planned`, or one of SHARPNESS."""
+        return pairs(self.of(value, grid), a, b, value, but)
 
     def differences(
         self, a: Any, b: Any, value: str = "test_accuracy", by: Sequence[str] = ("rho",), grid: Grids = None
@@ -127,8 +130,8 @@ class Results:
         return estimates(self.pairs(a, b, value, grid), "difference", by)
 
     def means(self, value: str = "test_accuracy", by: Sequence[str] = ("mix", "rho"), grid: Grids = None) -> pd.Series:
-        """The mean of a column of `planned`, an Estimate by each combination of `by`; SGD's ρ is NaN."""
-        frame = trainings(self.planned(grid))
+        """The mean of a column of `planned`, or of one of SHARPNESS: an Estimate by each of `by`; SGD's ρ is NaN."""
+        frame = trainings(self.of(value, grid))
         return estimates(frame.assign(rho=frame.rho.mask(frame.mix == "sgd")), value, by)
 
     @property
@@ -196,57 +199,54 @@ def found_path(path: str | Path) -> Path:
     return path.resolve() if path.is_absolute() or path.exists() else PROJECT / path
 
 
-def pairs(
-    frame: pd.DataFrame, a: Any, b: Any, value: str = "test_accuracy", but: Sequence[str] = (), also: Sequence[str] = ()
-) -> pd.DataFrame:
+def pairs(frame: pd.DataFrame, a: Any, b: Any, value: str = "test_accuracy", but: Sequence[str] = ()) -> pd.DataFrame:
     """The rows of kind a with the columns `a` and `b`, the value of each and of its partner, `difference` and
     `resolution`; NaN where one of the two diverged or is not finished.
 
-    frame: Results.planned, or Results.sharpness with also=("kind", "setting"). a, b: a mix, or the fields that make the
-    kind: {"batch_size": 1024, "lr": 0.2}. Partners agree, the seed included, in all of the configuration but what a and
-    b name, MEASURED, `but`, a mix's warm-up, and the ρ where b is SGD, which has none. A row of kind a for which the
-    frame has no partner is none of the pairs. Raises ValueError where one has several that are not the same training:
-    `but` then holds too much.
+    frame: Results.planned, or Results.sharpness, whose partners agree in ALSO too. a, b: a mix, or the fields that make
+    the kind: {"batch_size": 1024, "lr": 0.2}. Partners agree, the seed included, in all of the configuration but what a
+    and b name, MEASURED, `but`, a mix's warm-up, and the ρ where b is SGD, which has none. A row of kind a for which
+    the frame has no partner is none of the pairs. Raises ValueError where one has several that are not the same
+    training: `but` then holds too much.
     """
     kinds = [{"mix": kind} if isinstance(kind, str) else dict(kind) for kind in (a, b)]
-    sides = [trainings(frame[np.logical_and.reduce([frame[k] == v for k, v in kind.items()])], also) for kind in kinds]
+    sides = [trainings(frame[np.logical_and.reduce([frame[k] == v for k, v in kind.items()])]) for kind in kinds]
     free = {*but, *kinds[0], *kinds[1]}
     free |= {"mix_warmup"} if "mix" in free else set()
     free |= {"rho"} if any(len(side) and (side.mix == "sgd").all() for side in sides) else set()
-    keys = [_keys(side, free, also) for side in sides]
+    keys = [_keys(side, free) for side in sides]
     partners = sides[1][value].astype(float).set_axis(keys[1])
     if partners.index.has_duplicates:
-        raise ValueError(f"{kinds[0]} has several partners {kinds[1]}: `but` holds too much, or `also` too little")
+        raise ValueError(f"{kinds[0]} has several partners {kinds[1]}: `but` holds too much")
     rows = sides[0].assign(a=sides[0][value].astype(float), b=partners.reindex(keys[0]).to_numpy())
     rows = rows[keys[0].isin(partners.index)]
     resolution = 1 / rows[COUNTED[value]].where(lambda n: n > 0) if value in COUNTED else 0.0
     return rows.assign(difference=rows.a - rows.b, resolution=resolution, value=value)
 
 
-def trainings(frame: pd.DataFrame, also: Sequence[str] = ()) -> pd.DataFrame:
+def trainings(frame: pd.DataFrame) -> pd.DataFrame:
     """One row a training: of runs that differ in what they measure alone, or of SGD's in a ρ that it does not use, the
     first that is finished. A study may train the same thing twice, and that is no second run."""
-    keys = pd.Series(_keys(frame.assign(rho=frame.rho.mask(frame.mix == "sgd")), set(), also))
+    keys = pd.Series(_keys(frame.assign(rho=frame.rho.mask(frame.mix == "sgd")), set()))
     first = ~keys.iloc[np.argsort(frame.status.eq("missing"), kind="stable")].duplicated()
     return frame[first.sort_index().to_numpy()]
 
 
-def _keys(frame: pd.DataFrame, free: set[str], also: Sequence[str]) -> pd.Index:
-    """All of the configuration but `free` and MEASURED, and the columns `also`, as one text a row."""
-    names = [name for name in (*RunConfig.model_fields, *also) if name not in free and name not in MEASURED]
+def _keys(frame: pd.DataFrame, free: set[str]) -> pd.Index:
+    """All of the configuration but `free` and MEASURED, and ALSO where the frame has it, as one text a row."""
+    names = [name for name in (*RunConfig.model_fields, *ALSO) if name in frame and name not in {*free, *MEASURED}]
     return pd.Index([str(key) for key in frame[names].to_numpy(dtype=object).tolist()], dtype=object)
 
 
-def estimates(frame: pd.DataFrame, value: str, by: Sequence[str], unit: str | None = None) -> pd.Series:
-    """mean_interval of a column by each combination of `by`, with its resolution. unit: None: that of the column.
+def estimates(frame: pd.DataFrame, value: str, by: Sequence[str]) -> pd.Series:
+    """mean_interval of a column by each combination of `by`, with its unit and its resolution.
 
-    frame: of `pairs` (value "difference", "a" or "b"), or of Results.planned. Raises NotMeasured where an estimate
+    frame: of `pairs` (value "difference", "a" or "b"), or of Results.of. Raises NotMeasured where an estimate
     would have a seed twice: what else its rows differ in is no noise.
     """
     of = frame["value"].iloc[0] if value in ("difference", "a", "b") and len(frame) else value
     signed, share = value == "difference", of in COUNTED
-    if unit is None:
-        unit = "points" if share and signed else "%" if share else "nats" if of in LOSSES else ""
+    unit = "points" if share and signed else "%" if share else "nats" if of in NATS else ""
     if share and "resolution" not in frame:
         frame = frame.assign(resolution=1 / frame[COUNTED[of]].where(lambda n: n > 0))
     found = {}
@@ -263,22 +263,27 @@ def estimates(frame: pd.DataFrame, value: str, by: Sequence[str], unit: str | No
     return pd.Series(list(found.values()), index.get_level_values(0) if len(by) == 1 else index, dtype=object)
 
 
-def chosen_rho(runs: pd.DataFrame, mix: str = "sam", by: Sequence[str] = ()) -> pd.Series:
-    """The ρ whose runs of this mix have the best mean accuracy on held-out training images, by `by` (else under "");
-    NaN where none is held out and there are several. A ρ that is the only one needs no choice. Never the test set."""
-    of_mix, found = runs[(runs.mix == mix) & (runs.status == "done")], {}
-    for key, part in of_mix.groupby(list(by)) if by else [("", of_mix)]:
-        means = part.groupby("rho").validation_accuracy.mean().dropna()
-        only = part.rho.iloc[0] if part.rho.nunique() == 1 else np.nan
-        found[key] = means.idxmax() if len(means) else only
-    return pd.Series(found, dtype=float)
+def chosen_rho(runs: pd.DataFrame, mix: str = "sam") -> float:
+    """The ρ whose runs of this mix have the best mean accuracy on held-out training images, never on the test set.
+
+    A ρ of which a run diverged is none. The mean is over the seeds that all other ρ have, or over all where they have
+    none in common. NaN where nothing is held out; a mix's only ρ needs no choice.
+    """
+    runs = runs[(runs.mix == mix) & (runs.status != "missing")]
+    if runs.rho.nunique() == 1:
+        return float(runs.rho.iloc[0])
+    runs = runs[~runs.rho.isin(runs.rho[runs.status == "diverged"])]
+    held_out = runs.assign(of=runs.validation_accuracy.astype(float)).pivot_table("of", "seed", "rho")
+    shared = held_out.dropna()
+    means = (shared if len(shared) else held_out).mean()
+    return float(means.idxmax()) if len(means) else np.nan
 
 
 def at_chosen_rho(runs: pd.DataFrame, by: Sequence[str] = REGIME) -> pd.DataFrame:
-    """SGD's rows, and of each other mix those at the ρ that is chosen in their setting; by: two fields or more."""
-    best = {(mix, *at): rho for mix in {*runs.mix} - {"sgd"} for at, rho in chosen_rho(runs, mix, by).items()}
+    """SGD's rows, and of each other mix those at the ρ that is chosen in their setting."""
+    best = {key: chosen_rho(part, key[0]) for key, part in runs.groupby(["mix", *by])}
     keys = runs[["mix", *by]].itertuples(index=False, name=None)
-    return runs[(runs.mix == "sgd") | (runs.rho == [best.get(key, np.nan) for key in keys])]
+    return runs[(runs.mix == "sgd") | (runs.rho == [best[key] for key in keys])]
 
 
 def setting_name(data: float, noise: float, rho: float | None = None) -> str:
