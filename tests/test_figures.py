@@ -25,6 +25,12 @@ def test_a_saved_figure_is_svg_and_png_with_its_alternative_text(tmp_path):
     assert (tmp_path / "b.svg").read_text() == text  # no date, no random ids
 
 
+def test_a_relative_folder_is_the_callers(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    figures.save(drawn(), "a", "deep/figures")
+    assert {path.name for path in (tmp_path / "deep/figures").iterdir()} == {"a.svg", "a.png"}
+
+
 def test_a_figure_without_alternative_text_is_not_saved(tmp_path):
     figure, _ = figures.figure()
     with pytest.raises(ValueError, match="alternative text"):

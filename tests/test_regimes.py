@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from fake_runs import write_run, write_study
 from scipy import stats
 
@@ -249,6 +250,30 @@ def test_a_regime_in_which_one_mix_has_no_finished_run_is_empty_for_it_alone(roo
     assert (cell["SAM − SGD"].n, cell["SANER − SGD"].n) == (0, 3)
     assert function(half) is not None and regimes.tally(half).loc["SAM − SGD", "regimes above zero"].n == 3
     assert len(next(c for c in claims() if c.name == "sam_beats_sgd").findings(half)) == 3
+
+
+def test_a_study_may_give_its_grids_other_names(root, tmp_path):
+    plain, roles = load(root / "s.yaml", root / "runs"), ("regimes", "twice", "sweep", "augmented", "batch")
+    path = write_study(tmp_path / "t.yaml", {f"my_{name}": GRIDS[name] for name in roles}, BASE)
+    with pytest.raises(NotMeasured, match="no finished runs of a grid 'regimes'"):
+        regimes.chosen(load(path, root / "runs"))
+    named = [load(path, root / "runs", {role: f"my_{role}" for role in roles})]  # as the notebooks load it
+    one, two = ("05_data_regimes", ("twice", "sweep", "augmented")), ("07_large_batch", ())
+    read = [{"notebook": n, "grid": f"my_{g}", "parameters": {p: f"my_{p}" for p in of}}
+            for (n, of), g in zip((one, two), ("regimes", "batch"), strict=True)]  # fmt: skip
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"notebooks": read}))
+    for results in [*named, load(path, root / "runs")]:
+        for name in ("05_data_regimes", "07_large_batch"):
+            pd.testing.assert_frame_equal(ledger(results, name), ledger(plain, name))
+        assert figures_regimes.sweep(results) and len(regimes.rivals(results).columns) == 4
+    assert "SGD of twice the epochs" not in regimes.rivals(
+        load(path, root / "runs", {"regimes": "my_regimes", "twice": ""})
+    )
+
+
+@pytest.mark.parametrize("function", [figures_regimes.rivals, figures_regimes.sharpness, figures_regimes.heatmap])
+def test_a_caption_names_the_chosen_rho_alone(results, function):
+    assert "ρ = 0.1;" in " ".join(function(results).get_supxlabel().split())
 
 
 def test_no_interval_pools_regimes(results):

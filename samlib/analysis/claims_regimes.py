@@ -22,9 +22,10 @@ def of_sam(table: pd.DataFrame) -> pd.Series:
 
 
 @once
-def gain(results: Results, data: float | None = None, grid: str = "regimes", augment: bool | None = None) -> pd.Series:
-    """SAM's by regime; data: only that of this much of it and clean labels; augment: only of such runs."""
-    runs = regimes.chosen(results, grid)
+def gain(results: Results, *roles: str, data: float | None = None, augment: bool | None = None) -> pd.Series:
+    """SAM's by regime (see regimes.chosen); data: only that of this much of it and clean labels; augment: only of such
+    runs."""
+    runs = regimes.chosen(results, *roles)
     runs = runs if data is None else runs[(runs.data_fraction == data) & (runs.noise_fraction == 0)]
     return of_sam(regimes.gains(runs if augment is None else runs[runs.augment == augment]))
 
@@ -40,7 +41,7 @@ def flatter(results: Results) -> pd.Series:
 
 
 def augmented(results: Results) -> pd.Series:
-    return gain(results, grid=regimes.grid(results, "augmented", "regimes"), augment=True)
+    return gain(results, "augmented", "regimes", augment=True)
 
 
 def over(rival: str) -> Callable[[Results], pd.Series]:

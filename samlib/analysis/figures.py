@@ -19,7 +19,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from samlib import PROJECT
 from samlib.analysis.results import mix_name
 from samlib.config import UserError
 from samlib.mix import CONTROLS
@@ -114,13 +113,13 @@ def svg(figure: Figure) -> bytes:
 
 
 def save(figure: Figure, name: str, folder: str | Path) -> Figure:
-    """Writes `folder/name.svg` and `folder/name.png` and returns the figure; a relative folder is the project's.
+    """Writes `folder/name.svg` and `folder/name.png` and returns the figure; a relative folder is the caller's.
 
     Raises UserError where it cannot be written, ValueError where `describe` gave no alternative text.
     """
     if not figure.get_label():
         raise ValueError(f"{name}: a figure needs alternative text")
-    folder = PROJECT / folder
+    folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for suffix, content in (("svg", svg(figure)), ("png", png(figure))):
@@ -130,9 +129,11 @@ def save(figure: Figure, name: str, folder: str | Path) -> Figure:
     return figure
 
 
-def show(figure: Figure) -> Image:
-    """The figure as a notebook's one picture of it, at its own size and with its alternative text; closes it."""
-    content = png(figure)
+def show(figure: Figure, content: bytes | None = None) -> Image:
+    """The figure as a notebook's one picture of it, at its own size and with its alternative text; closes it.
+
+    content: its `png`, where that is there already."""
+    content = content or png(figure)
     plt.close(figure)
     return Image(content, format="png", alt=figure.get_label(), width=int(96 * figure.get_figwidth()))
 

@@ -1,6 +1,7 @@
 """Figures of the notebooks 05 and 07: data regimes, and large batches."""
 
 import numpy as np
+import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
@@ -16,6 +17,10 @@ NAMES = {
     "validation_accuracy": "accuracy on held-out training images, %",
 }
 CHOSEN = "ρ: that of the best accuracy on held-out training images, or the only one"
+
+
+def finished(runs: pd.DataFrame) -> pd.DataFrame:
+    return runs[runs.status != "missing"]
 
 
 def curves(results: Results, value: str = "test_accuracy") -> Figure:
@@ -68,7 +73,7 @@ def heatmap(results: Results) -> Figure:
         panel_title(panel, f"{name}, points of test accuracy")
     alt = f"{' and '.join(table)} in test accuracy. A cell a regime: data size by label noise."
     note = f"bold: the 95 % interval excludes zero. {CHOSEN}"
-    return describe(drawn, alt, results.caption(runs=runs, note=note))
+    return describe(drawn, alt, results.caption(runs=finished(runs), note=note))
 
 
 def rivals(results: Results) -> Figure:
@@ -89,8 +94,8 @@ def rivals(results: Results) -> Figure:
         panel_title(panel, name)
     legend(drawn)
     alt = f"{' and '.join(names)} in test accuracy at the end, and against SGD stopped early or trained twice as long."
-    note = "early stopping: at the epoch that is best on held-out training images"
-    return describe(drawn, alt, results.caption("regimes", note=note))
+    note = f"early stopping: at the epoch that is best on held-out training images. {CHOSEN}"
+    return describe(drawn, alt, results.caption(runs=finished(regimes.chosen(results)), note=note))
 
 
 def sharpness(results: Results) -> Figure:
@@ -113,7 +118,7 @@ def sharpness(results: Results) -> Figure:
     legend(drawn)
     alt = "Sharpness against the generalization gap, a point a run. A line joins the means of a regime's mixes."
     note = "gap: accuracy on the training labels minus that on the test set; a line: one regime's means"
-    return describe(drawn, alt, results.caption("regimes", note=note))
+    return describe(drawn, alt, results.caption(runs=rows.loc[~rows.index.duplicated()], note=f"{note}. {CHOSEN}"))
 
 
 def sweep(results: Results) -> Figure:

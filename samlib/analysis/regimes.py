@@ -1,10 +1,12 @@
 """The first document's tables, by data fraction and label noise, and Experiment 4's large batches.
 
-They read a study's grids by name: `regimes`, `twice` (SGD, twice the epochs), `sweep` or `rho`, `augmented`, `batch`.
-Where `regimes` has a mix at several ρ, each regime's is the one that is best on its held-out training images.
+They read a study's grids by role (see `grid`): "regimes", "twice" (SGD, twice the epochs), "sweep" or "rho",
+"augmented", "batch". Where "regimes" has a mix at several ρ, each regime's is the one that is best on its held-out
+training images.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
 import numpy as np
 import pandas as pd
@@ -28,18 +30,31 @@ from samlib.analysis.stats import Estimate, correlation_over_seeds, expected_by_
 VALUES = ("test_accuracy", "eval_train_accuracy", "memorized", "memorized_chance", "corrected")
 
 
-def grid(results: Results, *names: str) -> str:
-    """The first of these grids that is loaded and has finished runs; raises NotMeasured where there is none."""
-    for name in names:
+ROLES = {"05_data_regimes": "regimes", "07_large_batch": "batch"}  # of the grid of a notebook
+
+
+def grid(results: Results, *roles: str) -> str:
+    """The loaded grid of the first of these roles that has finished runs; raises NotMeasured where there is none.
+
+    It is the one that was named when the results were loaded, else that of the study's own notebooks 05 and 07, else
+    that whose name is the role.
+    """
+    of_study = {}
+    for analysis in (a for a in results.study.notebooks if a.notebook in ROLES):
+        of_study |= {ROLES[analysis.notebook]: analysis.grid} if analysis.grid else {}
+        of_study |= analysis.parameters
+    for role in roles:
+        name = (of_study | results.named).get(role, role)
         if name in results.grids and len(results.runs(name)):
             return name
-    raise NotMeasured(f"{results.study.title!r} has no finished runs of a grid {' or '.join(map(repr, names))}")
+    raise NotMeasured(f"{results.study.title!r} has no finished runs of a grid {' or '.join(map(repr, roles))}")
 
 
 @once
-def chosen(results: Results, name: str = "regimes") -> pd.DataFrame:
-    """The planned runs of a grid: SGD's, and of each other mix those of its chosen ρ in their regime."""
-    return at_chosen_rho(trainings(results.planned(grid(results, name))))
+def chosen(results: Results, *roles: str) -> pd.DataFrame:
+    """The planned runs of the grid of a role (regimes): SGD's, and of each other mix those of its chosen ρ in their
+    regime."""
+    return at_chosen_rho(trainings(results.planned(grid(results, *roles or ("regimes",)))))
 
 
 def gains(
@@ -96,8 +111,8 @@ def rivals(results: Results) -> pd.DataFrame:
     if stopped.notna().any():
         tables["SGD stopped early"] = gains(runs.assign(test_accuracy=stopped.where(sgd, runs.test_accuracy)))
         tables["both stopped early"] = gains(runs.assign(test_accuracy=stopped))
-    if "twice" in results.grids:
-        longer = results.planned("twice")
+    with suppress(NotMeasured):
+        longer = results.planned(grid(results, "twice"))
         tables["SGD of twice the epochs"] = gains(pd.concat([runs[~sgd], longer[longer.mix == "sgd"]]), but=("epochs",))
     table = pd.concat({name: table.stack() for name, table in tables.items() if len(table)}, axis=1)
     return table.rename_axis([*REGIME, "difference"]).map(lambda e: e if isinstance(e, Estimate) else Estimate())
@@ -155,7 +170,7 @@ def augmentation(results: Results) -> pd.DataFrame:
 
 @once
 def batches(results: Results) -> pd.DataFrame:
-    """The planned runs of the grid `batch`, with means over training of each: `loss`, the training loss over the
+    """The planned runs of the grid of batches, with means over training of each: `loss`, the training loss over the
     evaluations, and `norm`, the gradient's norm over the probes; NaN where a run diverged."""
     name = grid(results, "batch")
     runs = trainings(results.planned(name))

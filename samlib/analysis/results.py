@@ -60,6 +60,7 @@ class Results:
     root: Path
     grids: tuple[str, ...]
     finished: pd.DataFrame = field(repr=False)  # see load_runs
+    named: dict[str, str] = field(default_factory=dict)  # grids that are read by a role, "twice" say: see load
     computed: dict[str, Any] = field(default_factory=dict, repr=False)  # see once
 
     @once
@@ -169,18 +170,21 @@ class Results:
 def load(
     study: str | Path | Study,
     root: str | Path = PUBLISHED,
-    grids: Grids = None,
+    grids: Grids | Mapping[str, str] = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> Results:
     """The finished runs of a study's grids (all where none is named) under a root.
 
+    grids: their names; or a name by role, as samlib.analysis.regimes reads them, "" where there is none of it.
     A relative path is taken from the caller's folder, or else from the project's. overrides: of the study's fields, as
     in Study.load. Raises UserError for a study, grid or root that is not there, and where none of the runs is.
     """
     if not isinstance(study, Study):
         study = Study.load(found_path(study), dict(overrides or {}) or None)
     root = found_path(root)
-    names = tuple(study.grids) if grids is None else (grids,) if isinstance(grids, str) else tuple(grids)
+    named = {role: name for role, name in grids.items() if name} if isinstance(grids, Mapping) else {}
+    grids = named.values() if isinstance(grids, Mapping) else study.grids if grids is None else grids
+    names = (grids,) if isinstance(grids, str) else tuple(dict.fromkeys(grids))
     ids = list(dict.fromkeys(config.run_id for name in names for config in study.configs(name)))
     runs = load_runs(root, ids)
     if runs.empty:
@@ -190,7 +194,7 @@ def load(
         )
     for name in (*COUNTED, *COUNTED.values(), *LOSSES):  # NaN where a run diverged or an older one lacks it
         runs[name] = pd.to_numeric(runs[name]) if name in runs else np.nan
-    return Results(study, root, names, runs.assign(gap=runs.eval_train_accuracy - runs.test_accuracy))
+    return Results(study, root, names, runs.assign(gap=runs.eval_train_accuracy - runs.test_accuracy), named)
 
 
 def found_path(path: str | Path) -> Path:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -95,9 +96,10 @@ def table(content: Any, *arguments: Any) -> HTML:
 
 
 def draw(function: Callable, results: Any, name: str, folder: Any, **options: Any) -> Image | HTML:
-    """`show(save(function(results), name, folder))`; where that raises NotMeasured, its sentence and no figure."""
+    """Saves and shows function(results); where that raises NotMeasured, its sentence and no figure."""
     try:
-        return show(save(function(results, **options), name, folder))
+        figure = save(function(results, **options), name, folder)
+        return show(figure, Path(folder, f"{name}.png").read_bytes())
     except NotMeasured as error:
         plt.close("all")  # what it had begun
         return not_measured(error)
