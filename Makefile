@@ -17,7 +17,7 @@ NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 
 help:
 	@echo "make study [STUDY=studies/quick.yaml]   run a study: executed notebooks and figures"
-	@echo "make report [STUDY=...]                 a study's executed notebooks as one page, build/<study>.html"
+	@echo "make report [STUDY=...]                 a study's executed notebooks as one page; it says where"
 	@echo "make test                               every test but the slow ones of make test-faults"
 	@echo "make test-faults                        tests with real kills and real full disks"
 	@echo "make test-browser                       the notebooks in JupyterLab, by a real browser (chromium)"

@@ -2,7 +2,7 @@ import pytest
 from fake_runs import write_run, write_study
 
 from samlib.analysis import claim as module
-from samlib.analysis.claim import ASKED, Finding, claim, claims, in_short, ledger, overall
+from samlib.analysis.claim import ASKED, Finding, by_chance, claim, claims, in_short, ledger, overall
 from samlib.analysis.results import NotMeasured, load
 from samlib.analysis.stats import VERDICTS, Estimate, decide
 from samlib.study import Study
@@ -137,3 +137,12 @@ def test_a_claim_is_not_judged_on_what_came_before_an_error(results, alone):
 def test_every_claim_of_the_project_has_a_quote_and_a_rule_or_a_reason(results):
     assert claims() and all(c.quote and (c.rule or c.reason) for c in claims())
     assert set(ledger(results).verdict) <= set(VERDICTS)
+
+
+def test_how_many_intervals_chance_alone_makes_wrong_is_one_in_twenty_of_those_that_can_decide(results, alone):
+    @claim("noise", quote="", rule="")
+    def many(results):
+        sizes = [Estimate(1.0, 0.5, 1.5, 3)] * 9 + [Estimate(1.0, 0.9, 1.1, 2), Estimate(1.0, n=1), "words"]
+        return [Finding(str(k), e, "undecided") for k, e in enumerate(sizes)]
+
+    assert by_chance({"here": [results]}).to_numpy().tolist() == [["here", 11, 9, "0.5"]]

@@ -1,5 +1,6 @@
 """Claims: a document's sentence, a rule fixed before the numbers, and a function from results to findings."""
 
+import math
 import pkgutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -13,7 +14,15 @@ import pandas as pd
 import samlib.analysis
 from samlib import PROJECT
 from samlib.analysis.results import PUBLISHED, NotMeasured, Results, load, plural
-from samlib.analysis.stats import CONTRADICTED, HOLDS, NOT_MEASURED, UNDECIDED, Estimate
+from samlib.analysis.stats import (
+    CONTRADICTED,
+    HOLDS,
+    LEAST,
+    NOT_MEASURED,
+    UNDECIDED,
+    Estimate,
+    expected_by_chance,
+)
 
 DOCUMENTS = {
     "regimes": ("When Do Flat Minima Help?", "https://github.com/rdavislee/sam_analysis"),
@@ -194,6 +203,18 @@ def columns(studies: Mapping[str, Results | str], root: str | Path = PUBLISHED) 
             with suppress(NotMeasured):
                 found.setdefault(name, []).append(load(path, root))
     return {name: parts for name, parts in found.items() if parts}
+
+
+def by_chance(found: Mapping[str, list[Results]]) -> pd.DataFrame:
+    """A row a column: how many of its comparisons have an interval that could decide them, and how many of so many
+    exclude the truth by chance alone."""
+    rows = []
+    for name, parts in found.items():
+        measured = [f.measured for c in claims() for f in c.findings(*parts) if isinstance(f.measured, Estimate)]
+        decidable = sum(e.n >= LEAST and not math.isnan(e.half) for e in measured)
+        rows.append((name, len(measured), decidable, f"{expected_by_chance(decidable):.1f}"))
+    names = ["column", "comparisons", "with an interval of three pairs or more", "wrong by chance alone, on average"]
+    return pd.DataFrame(rows, columns=names)
 
 
 def read_from(found: Mapping[str, list[Results]]) -> pd.DataFrame:
