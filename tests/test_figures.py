@@ -10,7 +10,7 @@ def drawn(caption="digits; ρ = 0.1; 3 seeds"):
     figure, axes = figures.figure(1, 2, height=2.4)
     for mix in ("sgd", "sam", "scale2x0.5", "shuffled-scale2x0.5"):
         axes[0, 0].plot(range(3), np.arange(3) + len(mix), **figures.look(mix))
-    figures.panel_title(axes[0, 0], "test accuracy, %")
+    axes[0, 0].set_title("test accuracy, %")
     figures.legend(figure)
     return figures.describe(figure, "Curves of SGD, SAM & SANER. They rise.", caption)
 

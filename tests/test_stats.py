@@ -10,7 +10,6 @@ from samlib.analysis.stats import (
     correlation_over_seeds,
     decide,
     expected_by_chance,
-    lift,
     mean_interval,
     sign_count,
 )
@@ -57,7 +56,7 @@ def test_an_estimate_is_shown_with_unit_sign_interval_and_n():
     assert str(Estimate(0.5, 0.25, 0.75, 5, "%", left_out=2)) == "50.0 ± 25.0 % (n=5, 2 left out)"
     assert str(Estimate(0.9512, 0.9510, 0.9514, 3, "%")) == "95.12 ± 0.02 % (n=3)"
     assert str(Estimate(1234.5, 1230, 1239, 3, "nats")) == "1234 ± 4 nats (n=3)"
-    assert str(Estimate()) == "–" and Estimate(0.5, 0.25, 0.75, 5).format(1, n=False) == "0.5 ± 0.2"
+    assert str(Estimate()) == "–" and Estimate(0.5, 0.25, 0.75, 5).format(n=False) == "0.500 ± 0.250"
     assert str(Estimate(0.75, 0.349, 0.968, 8, "of")) == "6 of 8 (34.9 to 96.8 %)"
 
 
@@ -140,9 +139,3 @@ def test_fewer_than_four_rho_decide_nothing_and_the_estimate_says_so():
     few = correlation_over_seeds(frame, "x", "y")
     assert math.isnan(few.half) and str(few).endswith("(n=4, too few ρ)") and decide(few, above=0) == "undecided"
     assert decide(correlation_over_seeds(frame, "x", "y", over=None), above=0) == "holds"
-
-
-def test_lift_is_how_many_times_chance():
-    assert lift(15, 30 * 50 / 200) == pytest.approx(2)
-    assert math.isnan(lift(0, 0))
-    assert lift(np.array([15, 0]), np.array([7.5, 0])) == pytest.approx([2, np.nan], nan_ok=True)

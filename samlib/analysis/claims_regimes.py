@@ -44,6 +44,10 @@ def augmented(results: Results) -> pd.Series:
     return gain(results, "augmented", "regimes", augment=True)
 
 
+def within_regimes(results: Results) -> pd.Series:
+    return regimes.gap_correlations(results)["within regimes"].rename("{}, within regimes".format)
+
+
 def over(rival: str) -> Callable[[Results], pd.Series]:
     def sams(results: Results) -> pd.Series:
         table = regimes.rivals(results)
@@ -56,12 +60,13 @@ def each(
     name: str, quote: str, rule: str, column: Callable[[Results], pd.Series], document: str = "", every: bool = False,
     **verdict: float,
 ) -> None:  # fmt: skip
-    """A claim on Estimates by regime, or by kind of sharpness and regime, a finding each."""
+    """A claim on Estimates, a finding each: by regime, by kind of sharpness and regime, or by what it is, in words."""
 
     def judged(results: Results) -> Iterator[Finding]:
-        for (*kind, data, noise), e in column(results).items():
+        for at, e in column(results).items():
+            *kind, where = (at,) if isinstance(at, str) else (*at[:-2], setting_name(*at[-2:]))
             if e.n:
-                yield Finding(setting_name(data, noise), e, decide(e, **verdict), what="".join(kind))
+                yield Finding(where, e, decide(e, **verdict), what="".join(kind))
 
     claim(**DATA, name=name, quote=quote, rule=rule, document=document, every=every)(judged)
 
@@ -70,16 +75,9 @@ INTERACTION = "the interaction between dataset size and label noise" + READ_AS
 each("sam_beats_sgd", "when Sharpness-Aware Minimization (SAM) provides a generalization benefit over SGD",
      f"{GAIN}, each regime: {ABOVE}", gain, above=0)  # fmt: skip
 
-
-@claim(
-    **DATA, quote="In most regimes SAM is ahead of SGD (in our words)",
-    rule="how many regimes have SAM above SGD: the sign test at 5 % rejects a half, which takes six of six",
-)  # fmt: skip
-def sam_beats_sgd_in_most_regimes(results: Results) -> Iterator[Finding]:
-    signs = sign_count(gain(results))
-    yield Finding("regimes with SAM above SGD", signs, decide(signs, above=0.5))
-
-
+each("sam_beats_sgd_in_most_regimes", "In most regimes SAM is ahead of SGD (in our words)",
+     "how many regimes have SAM above SGD: the sign test at 5 % rejects a half, which takes six of six",
+     lambda results: pd.Series({"regimes with SAM above SGD": sign_count(gain(results))}), above=0.5)  # fmt: skip
 each("sam_beats_sgd_on_all_clean_data", "All data, clean labels: SAM is ahead of SGD (in our words)",
      f"{GAIN}, all data, no flips: {ABOVE}", lambda results: gain(results, data=1.0), above=0)  # fmt: skip
 each("sam_loses_at_ten_percent_clean", "10 % of the data, clean labels: SAM loses to SGD (in our words)",
@@ -111,30 +109,13 @@ each("sam_ends_flatter", "SAM looks for weights in whose whole neighbourhood the
      "sharpness at the end on the labels trained on, normalized logits, SAM minus SGD, paired by seed, by random "
      f"directions and by ascent: {BELOW}", flatter, FORET, every=True, below=0)  # fmt: skip
 
-
-def correlated(results: Results, **verdict: float) -> Iterator[Finding]:
-    for kind, e in regimes.gap_correlations(results)["within regimes"].items():
-        yield Finding(f"{kind}, within regimes", e, decide(e, **verdict))
-
-
-@claim(
-    **DATA, quote="The flatter of two networks has the smaller generalization gap (in our words)",
-    rule="correlation within regimes of sharpness and gap, each seed's own, and with any one regime left out: the 95 % "
-    "interval over seeds lies above zero",
-)  # fmt: skip
-def sharper_has_the_larger_gap(results: Results) -> Iterator[Finding]:
-    return correlated(results, above=0)
-
-
-@claim(
-    **DATA, document="Andriushchenko et al. 2023",
-    quote="Sharpness is not a good sign of how well a network generalizes (in our words)",
-    rule="the same correlation: its interval lies within ± 0.3",
-)  # fmt: skip
-def sharpness_and_gap_do_not_correlate(results: Results) -> Iterator[Finding]:
-    return correlated(results, within=0.3)
-
-
+each("sharper_has_the_larger_gap", "The flatter of two networks has the smaller generalization gap (in our words)",
+     "correlation within regimes of sharpness and gap, each seed's own, and with any one regime left out: the 95 % "
+     "interval over seeds lies above zero", within_regimes, above=0)  # fmt: skip
+each("sharpness_and_gap_do_not_correlate",
+     "Sharpness is not a good sign of how well a network generalizes (in our words)",
+     "the same correlation: its interval lies within ± 0.3", within_regimes, "Andriushchenko et al. 2023",
+     within=0.3)  # fmt: skip
 each("sam_memorizes_fewer_flips", "SAM by itself is robust to label noise (in our words)",
      f"flipped labels memorized, SAM minus SGD, paired by seed, noisy regimes: {BELOW}", memorized, FORET,
      below=0)  # fmt: skip

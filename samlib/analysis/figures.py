@@ -1,6 +1,7 @@
 """What all figures share: style, one look a mix, caption, alternative text, and the one way to save and to show.
 
-A figure function takes a Results and returns a Figure; the modules figures_* hold them.
+A figure function takes a Results and returns a Figure; the modules figures_* hold them. `lines` draws most of them: a
+panel a title, in each some columns over x.
 """
 
 import re
@@ -12,14 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import pandas as pd
 import PIL.Image
 import seaborn as sns
 from IPython.display import Image
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from scipy import stats
 
-from samlib.analysis.results import mix_name
+from samlib.analysis.results import Results, mix_name
+from samlib.analysis.stats import UPPER
 from samlib.config import UserError
 from samlib.mix import CONTROLS
 
@@ -40,7 +44,10 @@ LOOKS = {
     "inactive": ("#999999", "-", "."),
 }
 OTHERS = ("#8C6D31", "#637939", "#843C39", "#3182BD")
+CHANCE = {"color": GREY, "linestyle": ":", "linewidth": 1.2, "marker": "", "label": None}
 DOCUMENT = {"color": "#009E73", "marker": "D", "markerfacecolor": "none", "linestyle": ""}  # a document's own number
+
+Lines = Iterable[tuple[pd.DataFrame, str, dict]]  # of rows a column, and its look
 
 
 def look(mix: str, **changes: Any) -> dict[str, Any]:
@@ -74,10 +81,6 @@ def describe(figure: Figure, alt: str, caption: str = "") -> Figure:
     return figure
 
 
-def panel_title(axes: Axes, text: str) -> None:
-    axes.set_title(text, loc="left", fontsize=9)
-
-
 def rho_axis(axes: Axes, ticks: Iterable[float], label: str = "ρ") -> None:
     """A logarithmic x axis with these ticks alone, as plain numbers."""
     axes.set(xscale="log", xlabel=label)
@@ -93,6 +96,37 @@ def legend(figure: Figure, axes: Axes | None = None, columns: int = 4) -> None:
             found.setdefault(label, handle)
     if found:
         figure.legend(found.values(), found.keys(), loc="outside upper left", ncols=columns, frameon=False)
+
+
+def curve(axes: Axes, frame: pd.DataFrame, x: str, y: str, scale: float = 100, **style: Any) -> None:
+    """The mean over runs by x, and its 95 % interval, but for what has no label: chance."""
+    over = (scale * frame.groupby([x, "run"])[y].mean()).groupby(level=0).agg(["mean", "sem", "count"])
+    axes.plot(over.index, over["mean"], **{"markevery": max(1, len(over) // 8)} | style)
+    if style["label"] is not None and (over["count"] > 1).any():
+        half = stats.t.ppf(UPPER, over["count"] - 1) * over["sem"]
+        axes.fill_between(over.index, over["mean"] - half, over["mean"] + half, color=style["color"], alpha=0.15, lw=0)
+
+
+def lines(
+    results: Results, panels: dict[str, Lines], x: str, xlabel: str, alt: str, note: str = "", scale: float = 100,
+    rows: int = 1, sharex: bool | str = "col", sharey: bool | str = True, **options: Any,
+) -> Figure:  # fmt: skip
+    """Panels in rows, each with its `curve`s. options: of Axes.set, for all panels."""
+    drawn, grid = figure(rows, len(panels) // rows, 1.2 + 2.0 * rows, sharex=sharex, sharey=sharey)
+    shown = set()
+    for axes, (title, content) in zip(grid.flat, panels.items(), strict=True):
+        for frame, y, style in content:
+            curve(axes, frame, x, y, scale, **style)
+            shown |= set(frame.run)
+        axes.set_title(title)
+        axes.set(**options)
+    for axes in grid[-1]:
+        axes.set_xlabel(xlabel)
+    longest = max((len(label) for axes in drawn.axes for label in axes.get_legend_handles_labels()[1]), default=1)
+    legend(drawn, columns=min(5, 110 // (longest + 7)))
+    note = f"{note}; lines: means over seeds, bands: 95 % intervals".removeprefix("; ")
+    runs = results.runs()
+    return describe(drawn, alt, results.caption(runs=runs[runs.index.isin(shown)], note=note))
 
 
 def png(figure: Figure) -> bytes:

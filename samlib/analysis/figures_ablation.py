@@ -8,8 +8,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from samlib.analysis import ablation, figures
-from samlib.analysis.figures import look, rho_axis
-from samlib.analysis.figures_geometry import CHANCE, lines
+from samlib.analysis.figures import CHANCE, lines, look, rho_axis
 from samlib.analysis.results import SHARPNESS, Grids, NotMeasured, Results, in_order, mix_name, plural, trainings
 from samlib.analysis.stats import Estimate, expected_by_chance
 
@@ -58,7 +57,7 @@ def dots(results: Results, values: Iterable[str], grid: Grids = None, minus_sgd:
             axes.plot(chance, [mixes.index(mix) for mix in chance.index], "|", color=figures.GREY, markersize=12)
         room, (low, high) = 0.5 * np.ptp(means) or 1.0, axes.get_xlim()
         axes.set_xlim(max(min(means) - room, low), min(max(means) + room, high))
-        figures.panel_title(axes, TITLES[value])
+        axes.set_title(TITLES[value])
         axes.set_xlabel(found.iloc[0].unit)
     runs = results.runs(grid)
     rhos = runs[runs.mix != "sgd"].groupby("mix").rho.unique()

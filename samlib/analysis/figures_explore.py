@@ -64,7 +64,7 @@ def plane(rho: float) -> Figure:
             by_step.plot(at.index, at[f"checkpoint_{weight}"] + shift, **style)
     plan.set(xlabel="w₁", ylabel="w₂")
     by_step.set(xlabel="step", ylabel="checkpoint", ylim=(4.5, 0.5), yticks=range(1, 5))
-    figures.panel_title(plan, f"SAM at ρ = {rho:g}; left half: w₁, right half: w₂")
+    plan.set_title(f"SAM at ρ = {rho:g}; left half: w₁, right half: w₂")
     figures.legend(figure, plan, columns=5)
     alt = f"SAM's path over a curved valley at ρ = {rho:g}, each step coloured by the checkpoints of the two weights"
     return figures.describe(figure, alt, f"{valley.__doc__.partition(':')[0]}; learning rate {LR:g}, {STEPS} steps")
@@ -92,7 +92,7 @@ def beside(runs: pd.DataFrame, done: float, **names: str) -> Figure:
                 curves.plot(metrics.step, 100 * metrics[column], **style)
         curves.axvline(done * run.steps, color=figures.GREY, linewidth=0.8)
         curves.set(xlabel="step", ylabel="%", ylim=(0, 103))
-        figures.panel_title(curves, name)
+        curves.set_title(name)
         if probes.empty or layers.empty:
             for panel in (by_layer, ratios):
                 panel.set(xticks=[], yticks=[], xlabel="not measured in this run")
@@ -110,7 +110,7 @@ def beside(runs: pd.DataFrame, done: float, **names: str) -> Figure:
         ratios.bar(edges, 100 * probe[list(BINS)].astype(float) / probe.checkpoint1, color=look("checkpoint1")["color"])
         ratios.tick_params("x", rotation=45)
         ratios.set(xlabel="|g'| / |g|", ylabel="% of checkpoint 1")
-        figures.panel_title(ratios, f"step {step}")
+        ratios.set_title(f"step {step}")
     figures.legend(figure, columns=4)
     about = f"Accuracies, checkpoints by layer and ratios after {done:.0%} of the steps: {' and '.join(names.values())}"
     return figures.describe(figure, about)

@@ -1,58 +1,17 @@
-"""The figures of the second document's notebooks, 02 to 04: Results in, a described Figure out; raise NotMeasured.
-
-`lines` draws most of them, and those of 08: a panel a title, in each some columns over x.
-"""
-
-from collections.abc import Iterable
-from typing import Any
+"""The figures of the second document's notebooks, 02 to 04: Results in, a described Figure out; raise NotMeasured."""
 
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from scipy import stats
 
 from samlib.analysis import figures, geometry
-from samlib.analysis.figures import look, panel_title, rho_axis
+from samlib.analysis.figures import CHANCE, Lines, lines, look, rho_axis
 from samlib.analysis.results import Results
 from samlib.probes import BINS
 from samlib.sam import checkpoint_codes
 
 PANELS = 4  # settings that have a panel of their own, at most
-CHANCE = {"color": figures.GREY, "linestyle": ":", "linewidth": 1.2, "marker": "", "label": None}
-Lines = Iterable[tuple[pd.DataFrame, str, dict]]  # of rows a column, and its look
-
-
-def curve(axes: Axes, frame: pd.DataFrame, x: str, y: str, scale: float = 100, **style: Any) -> None:
-    """The mean over runs by x, and its 95 % interval, but for what has no label: chance."""
-    over = (scale * frame.groupby([x, "run"])[y].mean()).groupby(level=0).agg(["mean", "sem", "count"])
-    axes.plot(over.index, over["mean"], **{"markevery": max(1, len(over) // 8)} | style)
-    if style["label"] is not None and (over["count"] > 1).any():
-        half = stats.t.ppf(0.975, over["count"] - 1) * over["sem"]
-        axes.fill_between(over.index, over["mean"] - half, over["mean"] + half, color=style["color"], alpha=0.15, lw=0)
-
-
-def lines(
-    results: Results, panels: dict[str, Lines], x: str, xlabel: str, alt: str, note: str = "", scale: float = 100,
-    rows: int = 1, sharex: bool | str = "col", sharey: bool | str = True, **options: Any,
-) -> Figure:  # fmt: skip
-    """Panels in rows, each with its `curve`s. options: of Axes.set, for all panels."""
-    figure, grid = figures.figure(rows, len(panels) // rows, 1.2 + 2.0 * rows, sharex=sharex, sharey=sharey)
-    shown = set()
-    for axes, (title, content) in zip(grid.flat, panels.items(), strict=True):
-        for frame, y, style in content:
-            curve(axes, frame, x, y, scale, **style)
-            shown |= set(frame.run)
-        panel_title(axes, title)
-        axes.set(**options)
-    for axes in grid[-1]:
-        axes.set_xlabel(xlabel)
-    longest = max((len(label) for axes in figure.axes for label in axes.get_legend_handles_labels()[1]), default=1)
-    figures.legend(figure, columns=min(5, 110 // (longest + 7)))
-    note = f"{note}; lines: means over seeds, bands: 95 % intervals".removeprefix("; ")
-    runs = results.runs()
-    return figures.describe(figure, alt, results.caption(runs=runs[runs.index.isin(shown)], note=note))
 
 
 def settings(frame: pd.DataFrame, y: str, chance: str = "") -> Lines:

@@ -3,8 +3,7 @@
 from matplotlib.figure import Figure
 
 from samlib.analysis import figures, noise
-from samlib.analysis.figures import look
-from samlib.analysis.figures_geometry import lines
+from samlib.analysis.figures import lines, look
 from samlib.analysis.results import Results, in_order, mix_name
 
 

@@ -6,8 +6,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from samlib.analysis import regimes
-from samlib.analysis.figures import GREY, describe, figure, legend, look, panel_title, rho_axis
-from samlib.analysis.figures_geometry import CHANCE, lines
+from samlib.analysis.figures import CHANCE, GREY, describe, figure, legend, lines, look, rho_axis
 from samlib.analysis.results import REGIME, NotMeasured, Results, in_order, mix_name, setting_name, trainings
 from samlib.analysis.stats import Estimate
 
@@ -70,7 +69,7 @@ def heatmap(results: Results) -> Figure:
         panel.set_xticklabels([f"{100 * noise:g} %" for noise in cells.columns])
         panel.set_yticklabels([f"{100 * size:g} %" for size in cells.index], rotation=0)
         panel.set(xlabel="labels flipped", ylabel="data")
-        panel_title(panel, f"{name}, points of test accuracy")
+        panel.set_title(f"{name}, points of test accuracy")
     alt = f"{' and '.join(table)} in test accuracy. A cell a regime: data size by label noise."
     note = f"bold: the 95 % interval excludes zero. {CHOSEN}"
     return describe(drawn, alt, results.caption(runs=finished(runs), note=note))
@@ -91,7 +90,7 @@ def rivals(results: Results) -> Figure:
             panel.errorbar(value, np.arange(len(cells)) + 0.27 - 0.18 * k, xerr=half, linestyle="", **style)
         panel.set(xlabel="points of test accuracy", yticks=range(len(cells)))
         panel.set_yticklabels([setting_name(*cell) for cell in cells])
-        panel_title(panel, name)
+        panel.set_title(name)
     legend(drawn)
     alt = f"{' and '.join(names)} in test accuracy at the end, and against SGD stopped early or trained twice as long."
     note = f"early stopping: at the epoch that is best on held-out training images. {CHOSEN}"
@@ -113,7 +112,7 @@ def sharpness(results: Results) -> Figure:
             panel.plot(of_mix.value, 100 * of_mix.gap, **look(mix, linestyle="", markersize=4, alpha=0.8))
         panel.set_xscale("symlog", linthresh=max(1e-4, part.value.abs().quantile(0.1)))
         panel.set_xlabel("nats")
-        panel_title(panel, kind.replace(", ", ",\n"))
+        panel.set_title(kind.replace(", ", ",\n"))
     axes[0, 0].set_ylabel("gap, points")
     legend(drawn)
     alt = "Sharpness against the generalization gap, a point a run. A line joins the means of a regime's mixes."

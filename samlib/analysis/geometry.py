@@ -22,7 +22,7 @@ from samlib.analysis.results import (
     once,
     trainings,
 )
-from samlib.analysis.stats import lift, mean_interval
+from samlib.analysis.stats import mean_interval
 from samlib.probes import BINS, CHECKPOINTS, RATIO_EDGES
 
 SETTING = ("mix", "rho", *REGIME)  # SGD's rho is the radius that it is probed at
@@ -111,7 +111,8 @@ def lifts(results: Results) -> pd.DataFrame:
     layers; `about`: the nearest of LAGS."""
     frame = rows(results, "overlaps")
     about = LAGS[np.abs(np.log(frame.lag.to_numpy()[:, None] / LAGS)).argmin(1)]
-    return frame.assign(about=about, lift=lift(frame.overlap, frame.chance), share=frame.overlap / frame.reference_size)
+    lift = frame.overlap / frame.chance.where(frame.chance > 0)
+    return frame.assign(about=about, lift=lift, share=frame.overlap / frame.reference_size)
 
 
 def running(results: Results) -> pd.DataFrame:
@@ -140,8 +141,8 @@ def thresholds(results: Results) -> pd.DataFrame:
     near = theirs.iloc[[(theirs.epoch / theirs.epoch.max() - done).abs().argmin() for done in frame.done]]
     frame["their_share"] = near.percent_of_checkpoint1_above.to_numpy() / 100
     frame["their_threshold"] = near.threshold.to_numpy()
-    frame = frame.assign(share=frame.above / frame.checkpoint1, by_chance=frame.chance / frame.checkpoint1)
-    return frame.assign(lift=lift(frame.above, frame.chance))
+    lift = frame.above / frame.chance.where(frame.chance > 0)
+    return frame.assign(share=frame.above / frame.checkpoint1, by_chance=frame.chance / frame.checkpoint1, lift=lift)
 
 
 def diagonals(results: Results) -> pd.DataFrame:

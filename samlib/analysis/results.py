@@ -151,13 +151,10 @@ class Results:
 
         runs: only these of `runs`. note: what comes after it, how ρ was chosen, say."""
         runs = self.runs(grid) if runs is None else runs
-        data, flips, rhos = (
-            _listed(runs[f] * k) for f, k in (("data_fraction", 100), ("noise_fraction", 100), ("rho", 1))
-        )
+        data, flips = (_listed(100 * runs[field]) for field in REGIME)
         of_mix = runs[runs.mix != "sgd"].groupby("mix").rho.agg(_listed)
-        if 1 < of_mix.nunique() <= len(of_mix) <= 3:
-            rhos = " and ".join(f"{of_mix[mix]} for {mix_name(mix)}" for mix in in_order(of_mix.index))
-        elif len(of_mix):
+        rhos = " and ".join(f"{of_mix[mix]} for {mix_name(mix)}" for mix in in_order(of_mix.index))
+        if of_mix.nunique() < 2 or len(of_mix) > 3:
             rhos = _listed(runs.rho[runs.mix != "sgd"])
         models = " and ".join(sorted(set(runs.model + " of width " + runs.width.astype(str))))
         parts = [self.study.dataset, f"{data} % of the training images"]

@@ -54,15 +54,14 @@ class Estimate:
         """
         return self.format()
 
-    def format(self, digits: int | None = None, n: bool = True) -> str:
-        """digits: after the point; None: one for percent and points, more where the interval is narrower than that,
-        and three significant ones otherwise. n: whether it is shown."""
+    def format(self, n: bool = True) -> str:
+        """One digit after the point for percent and points, two where the interval is narrower than that, and three
+        significant ones otherwise. n: whether it is shown."""
         if np.isnan(self.value):
             return "–" if not self.left_out else f"– ({self.left_out} left out)"
         scale = 100 if self.unit in ("%", "points", "of") else 1
-        if digits is None and scale == 100:
-            digits = 2 if 0 < scale * self.half < 0.05 else 1
-        elif digits is None:
+        digits = 2 if 0 < scale * self.half < 0.05 else 1
+        if scale == 1:
             size = max((abs(x) for x in (self.value, self.half) if x and np.isfinite(x)), default=1)
             digits = int(np.clip(2 - np.floor(np.log10(size)), 0, 6))
 
@@ -107,8 +106,7 @@ def sign_count(differences: Iterable[Estimate]) -> Estimate:
     n, left_out = above + below, len(values) - above - below
     if not n:
         return Estimate(unit="of", left_out=left_out)
-    low = stats.beta.ppf(1 - UPPER, above, below + 1) if above else 0.0
-    high = stats.beta.ppf(UPPER, above + 1, below) if below else 1.0
+    low, high = stats.binomtest(above, n).proportion_ci(LEVEL, "exact")
     return Estimate(above / n, float(low), float(high), n, "of", left_out=left_out)
 
 
@@ -168,9 +166,3 @@ def correlation_over_seeds(
         return replace(whole, low=np.nan, high=np.nan, note=f"too few {'ρ' if over == 'rho' else over + 's'}")
     bounds = [e for e in (whole, *parts) if e.n > 1] or [whole]
     return replace(whole, low=min(e.low for e in bounds), high=max(e.high for e in bounds))
-
-
-def lift(observed: float, chance: float) -> float:
-    """How many times its chance level something is: 1 is chance. NaN where the chance level is 0. Arrays as well."""
-    observed, expected = np.asarray(observed, dtype=float), np.asarray(chance, dtype=float)
-    return np.divide(observed, expected, out=np.full_like(expected, np.nan), where=expected > 0)[()]
