@@ -21,7 +21,7 @@ help:
 	@echo "make test                               every test but the slow ones of make test-faults"
 	@echo "make test-faults                        tests with real kills and real full disks"
 	@echo "make test-browser                       the notebooks in JupyterLab, by a real browser (chromium)"
-	@echo "make lab                                JupyterLab on the notebooks"
+	@echo "make lab [LAB=--port=8899]              JupyterLab on the notebooks, with options of its own"
 	@echo "make lint                               ruff: lint and format; notebooks without outputs"
 	@echo "make hooks                              for contributors: git leaves outputs out, and lints each commit"
 	@echo "make bench                              speed against other implementations"

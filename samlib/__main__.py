@@ -124,10 +124,15 @@ def run(args: argparse.Namespace) -> int:
     look = [root / run.id / "train.ipynb" for run in runs if run.done]
     if study:
         look = [root / "<run>" / "train.ipynb"] if look else []
-        look += [*sorted((root / study.name).glob("[!.]*.ipynb")), *filter(Path.is_dir, [figures / study.name])]
+        executed = [root / study.name / f"{analysis.notebook}.ipynb" for analysis in study.notebooks]
+        look += [path for path in executed if path.exists() and path not in [task.output for task, _ in failures]]
+        look += filter(Path.is_dir, [figures / study.name])
     if look:
         print("Where to look:", *map(here, look), sep="\n  ")
     return 1 if failures else 0
+
+
+UNITS = ((3600, "hours"), (60, "minutes"), (1, "seconds"))
 
 
 def here(path: Path) -> str:
@@ -157,14 +162,15 @@ def dry_run(configs: list, root: Path, workers: int | None) -> int:
         seconds, notes = estimate.estimated_seconds(todo)
         for note in notes:
             print(f"not estimated: {note}")
-        print(
-            f"hours on this machine: about {seconds / workers / 3600:.2g}, workers: {workers} (from a few timed steps)"
-        )
+        took = seconds / workers
+        spoken = next(f"{took / s:.2g} {unit}" for s, unit in UNITS if took >= 1.5 * s or s == 1)
+        print(f"time on this machine: about {spoken}, workers: {workers} (from a few timed steps)")
         print("probes, measures and analysis notebooks come on top")
     return 0
 
 
 def status(args: argparse.Namespace) -> int:
+    from samlib.batch.execute import failed_notebook
     from samlib.runs import Run
 
     for grid in args.study.grids:
@@ -175,7 +181,9 @@ def status(args: argparse.Namespace) -> int:
                 print(f"  missing: {run.id}")
     for analysis in args.study.notebooks:
         path = args.root / args.study.name / f"{analysis.notebook}.ipynb"
-        print(f"{here(path)}: {'executed' if path.exists() else 'not executed yet'}")
+        failed = failed_notebook(path)
+        state = f"failed, see {failed.name}" if failed.exists() else "executed" if path.exists() else "not executed yet"
+        print(f"{here(path)}: {state}")
     return 0
 
 

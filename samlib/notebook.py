@@ -40,8 +40,9 @@ def _annotated(source: str) -> set[str]:
 
 
 def run_config(namespace: dict[str, Any]) -> RunConfig:
-    """The run that a notebook's `globals()` describe: its parameters but `root` are fields of RunConfig, and `config`
-    holds more of them. Where `config` is injected, only what is injected beside it counts, and stands above it.
+    """The run that a notebook's `globals()` describe: its parameters but `root` are fields of RunConfig, `data` is the
+    field `root`, and `config` holds more of them. Where `config` is injected, only what is injected beside it counts,
+    and stands above it.
 
     Raises UserError for a field that is none, has no possible value, or stands in the notebook's cell and in `config`.
     """
@@ -52,9 +53,12 @@ def run_config(namespace: dict[str, Any]) -> RunConfig:
     fields = (injected if "config" in injected else names | injected) - {"config", "root"}
     if "config" not in injected and (twice := sorted(fields & config.keys())):
         raise UserError(f"config: {twice[0]} is a parameter of the notebook: set it there, and leave it out of config")
-    if isinstance(config.get("root"), str):  # of the data; as `python -m samlib run --set` takes it
-        config = config | {"root": relative(os.path.abspath(config["root"]))}
-    return RunConfig.parse(config | {name: namespace[name] for name in fields})
+    values = config | {name: namespace[name] for name in fields}
+    where = str(values.pop("data", "")) or values.get("root")
+    if isinstance(where, str):  # as `python -m samlib run --set` takes it, or the project's where it is there alone
+        elsewhere = not os.path.exists(where) and (PROJECT / where).exists()
+        values["root"] = relative(PROJECT / where if elsewhere else os.path.abspath(where))
+    return RunConfig.parse(values)
 
 
 def folder(named: str, default: str) -> Path:

@@ -614,6 +614,8 @@ def test_a_missing_folder_says_where_one_comes_from():
     with pytest.raises(
         UserError, match="git clone --depth 1 https://.*CIFAR-10-images data/cifar10-jpeg.*dataset=cifar10"
     ):
+        folder("/nowhere/cifar10-jpeg")
+    with pytest.raises(UserError, match="'/nowhere/train' is not a folder; give the folder that holds train/<class>/"):
         folder("/nowhere")
 
 

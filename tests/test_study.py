@@ -338,6 +338,18 @@ def test_a_study_is_executed_once_reports_failures_and_goes_on(tmp_path, stubs, 
     assert "seeds: runs done: 2 of 2, diverged: 1" in out and f"diverged: {eleven.name}" in out
 
 
+def test_a_notebook_that_failed_is_told_apart_from_one_of_before(tmp_path, stubs, capsys):
+    path, root = seeds_study(tmp_path, 0), tmp_path / "runs"
+    assert main(["run", str(path), "--root", str(root)]) == 0
+    notebook(stubs / "02_count.ipynb", 'study = ""\nroot = ""\ngrid = ""\nfigures = ""\noverrides = {}', "1 / 0")
+    capsys.readouterr()
+    assert main(["run", str(path), "--root", str(root)]) == 1
+    out, err = capsys.readouterr()
+    assert "02_count" in err and "02_count.ipynb" not in out
+    assert main(["status", str(path), "--root", str(root)]) == 0
+    assert "02_count.ipynb: failed, see 02_count.failed.ipynb" in capsys.readouterr().out
+
+
 def test_figures_that_were_deleted_are_drawn_again(tmp_path, stubs):
     path, root = seeds_study(tmp_path, 0), tmp_path / "runs"
     assert main(["run", str(path), "--root", str(root)]) == 0
@@ -486,7 +498,11 @@ def test_a_dry_run_says_what_it_would_do_and_does_nothing(tmp_path, stubs, capsy
     assert main(["run", str(path), "--root", str(root), "--dry-run", "--workers", "4"]) == 0
     out = capsys.readouterr().out
     assert f"done   {first.run_id}" in out and f"to do  {second.run_id}" in out
-    assert "runs: 2, done: 1, to do: 1" in out and "about 1, workers: 1 " in out and "not estimated: no data" in out
+    assert (
+        "runs: 2, done: 1, to do: 1" in out
+        and "about 60 minutes, workers: 1 " in out
+        and "not estimated: no data" in out
+    )
     assert sorted(root.rglob("*")) == before
 
 

@@ -44,7 +44,7 @@ def test_every_parameter_is_a_field_of_the_configuration_and_annotated_with_its_
     for line in CELL.splitlines():
         name, _, rest = line.partition(": ")
         kind, _, comment = rest.partition(" = ")
-        assert name in ("config", "root") or type(fields[name]).__name__ == kind
+        assert name in ("config", "root", "data") or type(fields[name]).__name__ == kind
         assert "  # " in comment
 
 
@@ -108,6 +108,18 @@ def test_the_datas_folder_means_the_callers_and_names_one_run_wherever_it_is_cal
     assert executed(CELL, pictures.replace("pictures'", "../data/pictures'")).root == "data/pictures"
     monkeypatch.chdir(PROJECT)
     assert executed(CELL, pictures.replace("pictures'", "data/pictures'")).root == "data/pictures"
+
+
+def test_the_datas_folder_is_a_parameter_and_else_the_projects(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own = injected(dataset="imagefolder", data="pictures")
+    assert executed(CELL, own).root == str(tmp_path / "pictures")
+    assert executed(CELL, injected(config={"dataset": "imagefolder"}, data=2024)).root == str(tmp_path / "2024")
+    assert executed(CELL, injected(dataset="imagefolder", data="studies/laptop")).root == "studies/laptop"
+    (tmp_path / "studies/laptop").mkdir(parents=True)
+    assert executed(CELL, injected(dataset="imagefolder", data="studies/laptop")).root == str(
+        tmp_path / "studies/laptop"
+    )
 
 
 def papermill(cwd, *arguments: str) -> subprocess.CompletedProcess:
