@@ -108,6 +108,12 @@ def test_an_update_that_has_one_rho_is_shown_at_its_own(tmp_path):
     assert "ρ = 0.4 for SAM and 0.1 for SANER" in " ".join(figure.get_supxlabel().split())
 
 
+def test_over_rho_of_sam_alone_there_is_nothing_below(tmp_path):
+    arms = [{"mix": "sgd", "seed": [0, 1, 2]}, {"mix": "sam", "rho": [0.1, 0.2], "seed": [0, 1, 2]}]
+    figure = figures_ablation.over_rho(written(tmp_path, {"rho": arms}), "rho", ["test_accuracy", "memorized"])
+    assert [bool(axes.lines) for axes in figure.axes] == [True, True] and not faults(figure)
+
+
 def found(results, name: str) -> list:
     return next(claim for claim in claims("06_checkpoint_ablation") if claim.name == name).findings(results)
 

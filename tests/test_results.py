@@ -198,6 +198,11 @@ def test_the_caption_names_dataset_flips_model_rho_and_seeds(results):
     assert results.caption("main", note="every ρ shown") == f"{shown}; every ρ shown"
 
 
+def test_a_grid_that_is_not_there_says_that_a_parameter_may_be_empty(results):
+    with pytest.raises(UserError, match="there is no grid 'geometry'; the grids are .* is empty where there is none"):
+        load(results.study, results.root, ["geometry"])
+
+
 def test_saner_has_its_name_everywhere():
     assert mix_name("scale2x0.5") == "SANER" and mix_name("shuffled-scale2x0.5") == "SANER, shuffled"
     mixes = ["gain1x2", "checkpoint12", "checkpoint1", "shuffled-checkpoint1", "scale2x0.5", "sam", "sgd"]

@@ -55,7 +55,10 @@ def dots(results: Results, values: Iterable[str], grid: Grids = None, minus_sgd:
         if value == "memorized" and not minus_sgd:
             chance = at(rho, results.means("memorized_chance", grid=grid)).map(lambda e: drawn(e)[0])
             axes.plot(chance, [mixes.index(mix) for mix in chance.index], "|", color=figures.GREY, markersize=12)
-        room, (low, high) = 0.5 * np.ptp(means) or 1.0, axes.get_xlim()
+        wide = 3 * np.median([drawn(e)[1] for e in found])  # the frame leaves out only what is much wider than this
+        room, (low, high) = max(0.5 * np.ptp(means), wide) or 1.0, axes.get_xlim()
+        if found.iloc[0].unit == "%":
+            low, high = max(low, -2), min(high, 102)  # an interval may promise more than there is
         axes.set_xlim(max(min(means) - room, low), min(max(means) + room, high))
         axes.set_title(TITLES[value])
         axes.set_xlabel(found.iloc[0].unit)
@@ -81,7 +84,8 @@ def dots(results: Results, values: Iterable[str], grid: Grids = None, minus_sgd:
 def over_rho(
     results: Results, grids: Grids, values: Iterable[str] = ("test_accuracy", "eval_train_accuracy")
 ) -> Figure:
-    """Accuracies over ρ, a line an update that was trained at several; below, minus SAM's at the same ρ."""
+    """Accuracies over ρ, a line an update that was trained at several; below, where there are others than SAM, minus
+    SAM's at the same ρ."""
     mixes, runs = ablation.swept(results, grids), trainings(results.runs(grids)).reset_index(names="run")
     rhos, panels = sorted(runs.rho[runs.mix.isin(mixes)].unique()), {}
     sgd = pd.concat(runs[runs.mix == "sgd"].assign(rho=rho) for rho in rhos)  # which has no ρ
@@ -90,19 +94,22 @@ def over_rho(
         found = panels[f"{TITLES[value]}, %"] = [(part, value, look(mix)) for mix, part in rows.items() if len(part)]
         if value == "memorized":
             found += [(p, "memorized_chance", s | CHANCE | {"color": s["color"]}) for p, _, s in found]
-    for value in values:
-        pairs = {mix: results.pairs(mix, "sam", value, grids) for mix in mixes if mix != "sam"}
+    others = [mix for mix in mixes if mix != "sam"]
+    for value in values if others else ():
+        pairs = {mix: results.pairs(mix, "sam", value, grids) for mix in others}
         panels[f"{TITLES[value]} minus SAM's, points"] = [
             (part.reset_index(names="run"), "difference", look(mix)) for mix, part in pairs.items() if len(part)
         ]
-    alt = f"Over ρ, by update: {' and '.join(map(TITLES.get, values))}. Below, minus SAM's at the same ρ."
+    alt = f"Over ρ, by update: {' and '.join(map(TITLES.get, values))}." + " Below, minus SAM's." * bool(others)
     note = "dotted: memorized by chance alone; below: paired by seed" if "memorized" in values else "paired by seed"
-    figure = lines(results, panels, "rho", "ρ", alt, note, rows=2, sharey=False)
+    figure = lines(results, panels, "rho", "ρ", alt, note, rows=1 + bool(others), sharey=False)
     for axes in figure.axes:
         rho_axis(axes, rhos, "")
-    for axes in figure.axes[: len(panels) // 2]:
+    levels = len(figure.axes) // (1 + bool(others))
+    for axes in figure.axes[:levels]:
         axes.set_ylim(max(0, axes.get_ylim()[0]), min(102, axes.get_ylim()[1]))
-    for axes in figure.axes[len(panels) // 2 :]:
-        axes.set_xlabel("ρ")
+    for axes in figure.axes[levels:]:
         axes.axhline(0, **look("sam", marker=""))
+    for axes in figure.axes[-levels:]:
+        axes.set_xlabel("ρ")
     return figure

@@ -1,5 +1,6 @@
 """load(study) -> Results: the one way in which notebooks, claims and reports read runs. Accuracies are fractions."""
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
@@ -182,6 +183,11 @@ def load(
     named = {role: name for role, name in grids.items() if name} if isinstance(grids, Mapping) else {}
     grids = named.values() if isinstance(grids, Mapping) else study.grids if grids is None else grids
     names = (grids,) if isinstance(grids, str) else tuple(dict.fromkeys(grids))
+    if absent := [name for name in names if name not in study.grids]:
+        raise UserError(
+            f"{relative(study.path)}: there is no grid {absent[0]!r}; the grids are {', '.join(study.grids)}; a "
+            "parameter of a notebook that names one is empty where there is none"
+        )
     ids = list(dict.fromkeys(config.run_id for name in names for config in study.configs(name)))
     runs = load_runs(root, ids)
     if runs.empty:
@@ -301,6 +307,8 @@ def mix_name(mix: str) -> str:
 
     >>> [mix_name(m) for m in ("sgd", "checkpoint134", "scale2x0.5", "shuffled-scale2x0.5", "length-sam", "gain1x2")]
     ['SGD', 'checkpoint 1+3+4', 'SANER', 'SANER, shuffled', "SGD at SAM's length", 'SGD, 1 × 2']
+    >>> mix_name("rescaled-average")  # one that has no words here goes by its own name
+    "average at SGD's length"
     """
     control, _, rest = mix.partition("-")
     if control in CONTROLS and rest:
@@ -314,8 +322,8 @@ def mix_name(mix: str) -> str:
         return fixed[mix]
     if mix.startswith("checkpoint"):
         return "checkpoint " + "+".join(mix.removeprefix("checkpoint"))
-    kind = "SAM" if mix.startswith("scale") else "SGD"
-    return f"{kind}, {mix.removeprefix('scale').removeprefix('gain').replace('x', ' × ')}"
+    scaled = re.fullmatch(r"(scale|gain)([1-4])x(.+)", mix)
+    return f"{'SAM' if scaled[1] == 'scale' else 'SGD'}, {scaled[2]} × {scaled[3]}" if scaled else mix
 
 
 def mix_order(mix: str) -> tuple:
