@@ -1,6 +1,7 @@
 """README, markdown report and HTML page say what the ledger says, and nothing of their own."""
 
 import re
+from dataclasses import replace
 
 import nbformat
 import pytest
@@ -13,7 +14,7 @@ from samlib.analysis.results import load
 from samlib.analysis.stats import VERDICTS
 from samlib.analysis.tables import SHAPES, claims_page, table
 from samlib.config import UserError
-from samlib.study import Study
+from samlib.study import Analysis, Study
 
 GRIDS = {"regimes": {"seed": [0, 1, 2], "mix": ["sgd", "sam"], "noise_fraction": [0.0, 0.4]}}
 
@@ -99,7 +100,8 @@ def test_a_table_of_what_is_not_measured_is_its_sentence(found):
 
 
 def test_the_html_page_holds_the_notebooks_without_their_sources_and_needs_no_other_file(found, tmp_path):
-    study = found["here"][0].study
+    listed = [Analysis(notebook=name) for name in ("05_data_regimes", "06_x", "07_y")]
+    study = replace(found["here"][0].study, notebooks=listed)
     with pytest.raises(UserError, match="no executed notebook"):
         write_html(study, tmp_path, tmp_path / "page.html")
     v4 = nbformat.v4
@@ -113,6 +115,7 @@ def test_the_html_page_holds_the_notebooks_without_their_sources_and_needs_no_ot
     out = tmp_path / "deep" / "page.html"
     assert write_html(study, tmp_path / "runs", out) == str(out)
     page = out.read_text()
+    assert "<li>06_x: failed when it was last executed</li><li>07_y: not executed</li>" in page
     assert page.count("<section") == 1 and '<a href="#05_data_regimes">What rises?</a>' in page
     assert "secret" not in page and 'alt="a rising line"' in page and "data:image/png;base64," in page
     assert not re.search(r'(src|href)="https?://[^"]*\.(js|css)|<script', page) and "width=device-width" in page

@@ -110,7 +110,8 @@ def report(study: Study, root: str | Path) -> str:
 
 
 def write_html(study: Study, root: Path, out: Path) -> str:
-    """One page of a study's executed notebooks, sources left out, that needs no other file; returns where it is.
+    """One page of a study's executed notebooks, sources left out, that needs no other file; returns where it is. Its
+    index names those that were not executed, or failed when they were last.
 
     Raises UserError where no notebook of the study is executed.
     """
@@ -119,8 +120,10 @@ def write_html(study: Study, root: Path, out: Path) -> str:
     exporter = HTMLExporter(template_name="basic", exclude_input=True, exclude_input_prompt=True)
     exporter.exclude_output_prompt = True
     sections, index = [], []
-    for path in sorted((Path(root) / study.name).glob("[0-9]*.ipynb")):
-        if path.stem.endswith(".failed"):
+    for name in sorted(analysis.notebook for analysis in study.notebooks):
+        path = Path(root) / study.name / f"{name}.ipynb"
+        if (failed := path.with_suffix(".failed.ipynb").exists()) or not path.exists():
+            index.append(f"<li>{name}: {'failed when it was last executed' if failed else 'not executed'}</li>")
             continue
         notebook = nbformat.read(path, 4)
         title = next(iter(re.findall(r"^# (.+)$", notebook.cells[0].source, re.MULTILINE)), path.stem)
