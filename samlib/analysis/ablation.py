@@ -7,7 +7,17 @@ import numpy as np
 import pandas as pd
 
 from samlib import PROJECT
-from samlib.analysis.results import Grids, NotMeasured, Results, chosen_rho, estimates, mix_order, setting_name
+from samlib.analysis.results import (
+    Grids,
+    NotMeasured,
+    Results,
+    chosen_rho,
+    estimates,
+    held_out,
+    mix_order,
+    setting_name,
+    trainings,
+)  # fmt: skip
 from samlib.analysis.stats import Estimate
 
 DOCUMENT = PROJECT / "notebooks/reference/checkpoint_ablation.csv"  # CIFAR-100, one run a cell
@@ -52,10 +62,13 @@ def swept(results: Results, grid: Grids = None) -> list[str]:
 
 
 def rho_choice(results: Results, grid: Grids = None) -> pd.DataFrame:
-    """Held-out accuracy by ρ and the ρ that it chooses: a row an update that was trained at several."""
-    mixes, held_out = swept(results, grid), results.means("validation_accuracy", CELL, grid).unstack("rho")
-    found = held_out.loc[mixes].dropna(axis=1, how="all").rename(columns="ρ = {:g}".format)
-    return found.assign(chosen=[f"{chosen_rho(results.runs(grid), mix):g}" for mix in mixes])
+    """Held-out accuracy by ρ, over the seeds that all ρ have, and the ρ that it chooses: a row an update that was
+    trained at several."""
+    mixes, runs = swept(results, grid), trainings(results.runs(grid))
+    rows = pd.concat(part[part.seed.isin(held_out(runs, mix).index)] for mix, part in runs.groupby("mix"))
+    found = estimates(rows, "validation_accuracy", CELL).unstack("rho").loc[mixes]
+    found = found.dropna(axis=1, how="all").rename(columns="ρ = {:g}".format)
+    return found.assign(chosen=[f"{chosen_rho(runs, mix):g}" for mix in mixes])
 
 
 def document() -> pd.DataFrame:

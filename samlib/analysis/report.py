@@ -24,7 +24,7 @@ STUDIES = {"quick": "studies/quick.yaml", "laptop": "studies/laptop/*.yaml", "pa
 # The claims of the README's table, at most ten.
 HEADLINES = (
     "sam_beats_sgd", "sam_beats_sgd_at_equal_cost", "gain_grows_with_noise", "over_60_percent_in_checkpoint1",
-    "overlap_is_more_than_chance", "checkpoint1_contributes_most", "learning_rate_not_direction", "step_length_alone",
+    "flatter_and_better", "checkpoint1_contributes_most", "learning_rate_not_direction", "step_length_alone",
     "checkpoint2_carries_the_flips", "saner_needs_checkpoint2",
 )  # fmt: skip
 TABLE = re.compile(r"(<!-- findings -->\n).*?(<!-- /findings -->)", re.DOTALL)

@@ -273,17 +273,21 @@ def estimates(frame: pd.DataFrame, value: str, by: Sequence[str]) -> pd.Series:
 def chosen_rho(runs: pd.DataFrame, mix: str = "sam") -> float:
     """The ρ whose runs of this mix have the best mean accuracy on held-out training images, never on the test set.
 
-    A ρ of which a run diverged is none. The mean is over the seeds that all other ρ have, or over all where they have
-    none in common. NaN where nothing is held out; a mix's only ρ needs no choice.
+    NaN where nothing is held out; a mix's only ρ needs no choice.
     """
+    rhos = runs.rho[(runs.mix == mix) & (runs.status != "missing")].unique()
+    means = held_out(runs, mix).mean()
+    return float(rhos[0]) if len(rhos) == 1 else float(means.idxmax()) if len(means) else np.nan
+
+
+def held_out(runs: pd.DataFrame, mix: str) -> pd.DataFrame:
+    """Accuracies of a mix on held-out training images, a row a seed and a column a ρ: of the seeds that all ρ have, or
+    of all where they have none in common. A ρ of which a run diverged is none."""
     runs = runs[(runs.mix == mix) & (runs.status != "missing")]
-    if runs.rho.nunique() == 1:
-        return float(runs.rho.iloc[0])
     runs = runs[~runs.rho.isin(runs.rho[runs.status == "diverged"])]
-    held_out = runs.assign(of=runs.validation_accuracy.astype(float)).pivot_table("of", "seed", "rho")
-    shared = held_out.dropna()
-    means = (shared if len(shared) else held_out).mean()
-    return float(means.idxmax()) if len(means) else np.nan
+    found = runs.assign(of=runs.validation_accuracy.astype(float)).pivot_table("of", "seed", "rho")
+    shared = found.dropna()
+    return shared if len(shared) else found
 
 
 def at_chosen_rho(runs: pd.DataFrame, by: Sequence[str] = REGIME) -> pd.DataFrame:
@@ -306,7 +310,7 @@ def mix_name(mix: str) -> str:
     """A mix as every reader sees it.
 
     >>> [mix_name(m) for m in ("sgd", "checkpoint134", "scale2x0.5", "shuffled-scale2x0.5", "length-sam", "gain1x2")]
-    ['SGD', 'checkpoint 1+3+4', 'SANER', 'SANER, shuffled', "SGD at SAM's length", 'SGD, 1 × 2']
+    ['SGD', 'checkpoint 1+3+4', 'SANER', 'SANER, shuffled', "SGD at SAM's length", 'SGD, checkpoint 1 × 2']
     >>> mix_name("rescaled-average")  # one that has no words here goes by its own name
     "average at SGD's length"
     """
@@ -323,7 +327,7 @@ def mix_name(mix: str) -> str:
     if mix.startswith("checkpoint"):
         return "checkpoint " + "+".join(mix.removeprefix("checkpoint"))
     scaled = re.fullmatch(r"(scale|gain)([1-4])x(.+)", mix)
-    return f"{'SAM' if scaled[1] == 'scale' else 'SGD'}, {scaled[2]} × {scaled[3]}" if scaled else mix
+    return f"{'SAM' if scaled[1] == 'scale' else 'SGD'}, checkpoint {scaled[2]} × {scaled[3]}" if scaled else mix
 
 
 def mix_order(mix: str) -> tuple:
