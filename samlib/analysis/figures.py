@@ -41,10 +41,10 @@ LOOKS = {
     "checkpoint3": ("#E69F00", (0, (3, 1, 1, 1)), "P"),
     "checkpoint4": ("#CC79A7", (0, (1, 1)), "X"),
     "checkpoint134": ("#7A5195", (0, (8, 2, 2, 2)), "<"),
-    "magnitude": ("#8C6D31", "-", "h"),  # SAM's sizes with SGD's signs
-    "direction": ("#3182BD", "-", "H"),
-    "gain1x2": ("#637939", "-", "p"),
-    "scale2x0": ("#843C39", "-", "8"),
+    "magnitude": ("#8C6D31", (0, (4, 1, 1, 1, 1, 1)), "h"),  # SAM's sizes with SGD's signs
+    "direction": ("#3182BD", (0, (2, 1)), "H"),
+    "gain1x2": ("#637939", (0, (6, 2, 1, 2)), "p"),
+    "scale2x0": ("#843C39", (0, (1, 3)), "8"),
     "inactive": ("#999999", "-", "."),
 }
 OTHERS = ("#8C6D31", "#637939", "#843C39", "#3182BD")
