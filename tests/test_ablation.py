@@ -5,6 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from fake_runs import write_run, write_study
+from matplotlib.collections import LineCollection
 from scipy import stats
 
 from samlib import PROJECT
@@ -180,6 +181,25 @@ def test_figures_are_readable_and_show_what_there_is(results):
         assert names[:3] == ["SAM", "SANER", "checkpoint 1"]
         assert "by chance alone" in figure._supxlabel.get_text()
     assert faults(figures_ablation.over_rho(results, ["ablation", "rho"])) == []
+
+
+def test_each_seeds_own_value_stands_below_the_mean_of_its_update(results):
+    axes, *_ = figures_ablation.dots(results, PANELS[0], "ablation", minus_sgd=True).axes
+    pairs = results.pairs("checkpoint1", "sgd", "test_accuracy", "ablation")
+    row = [label.get_text() for label in axes.get_yticklabels()].index("checkpoint 1")
+    seeds, mean = ([line for line in axes.lines if set(line.get_ydata()) == {y}] for y in (row + 0.32, row))
+    assert sorted(seeds[0].get_xdata()) == pytest.approx(sorted(100 * pairs.difference)) and len(pairs) == 3
+    assert mean[0].get_xdata() == pytest.approx([100 * pairs.difference.mean()])
+
+
+def test_an_interval_shows_at_a_point_whose_neighbours_have_one_run(tmp_path):
+    rhos = {"rho": [{"mix": "sam", "rho": [0.1, 0.2, 0.4], "seed": [0, 1, 2]}]}
+    results = written(tmp_path, rhos, only=lambda c: c.seed == 0 or c.rho == 0.2)
+    axes = figures_ablation.over_rho(results, "rho", ["test_accuracy"]).axes[0]
+    [bars] = [lines for lines in axes.collections if isinstance(lines, LineCollection)]
+    e = results.means("test_accuracy", grid="rho")["sam", 0.2]
+    drawn = [part for part in bars.get_segments() if len(part)]
+    assert len(drawn) == 1 and drawn[0][:, 1] == pytest.approx([100 * e.low, 100 * e.high])
 
 
 def test_an_update_with_fewer_runs_says_so(tmp_path):

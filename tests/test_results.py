@@ -64,8 +64,12 @@ def test_a_diverged_or_a_missing_partner_is_left_out_and_counted(results):
     assert results.differences("sam", "sgd", by=("rho", "data_fraction"))[0.2, 1.0].n == 2
     assert results.differences("sam", "sgd", by=("rho", "data_fraction"))[0.2, 1.0].left_out == 1
     saner = results.differences("scale2x0.5", "sam", by=("rho", "data_fraction"))
-    assert (saner[0.1, 0.1].n, saner[0.1, 0.1].left_out) == (2, 1)  # seed 2 is missing
-    assert (saner[0.2, 0.1].n, saner[0.2, 0.1].left_out) == (1, 2)  # and seed 1 of SAM diverged
+    a, b = saner[0.1, 0.1], saner[0.2, 0.1]
+    assert (a.n, a.left_out, a.missing) == (2, 1, 1)  # seed 2 is missing
+    assert (b.n, b.left_out, b.missing) == (1, 2, 1)  # and seed 1 of SAM diverged
+    assert str(b).endswith("(n=1, 1 missing, 1 left out)") and str(a).endswith("n=2, 1 missing)")
+    turned = results.pairs("sam", "scale2x0.5").query("data_fraction == 0.1 and rho == 0.1")  # it is the partner there
+    assert list(turned.sort_values("seed").status) == ["done", "done", "missing"]
 
 
 def test_the_same_training_twice_is_one_run(results):

@@ -25,13 +25,18 @@ ACCURACIES = ("test_accuracy", "eval_train_accuracy", "memorized", "memorized_ch
 CELL, SETTING = ("mix", "rho"), ("data_fraction", "noise_fraction", "rho", "augment")
 
 
-def differences(results: Results, value: str, grid: Grids = None, baseline: str = "sgd") -> pd.Series:
-    """Each update minus the baseline, paired by seed at the same ρ (SGD has none): an Estimate by mix and ρ."""
+def paired(results: Results, value: str, grid: Grids = None, baseline: str = "sgd") -> pd.DataFrame:
+    """The `pairs` of each update and the baseline, of one seed and at the same ρ (SGD has none)."""
     mixes = [mix for mix in results.runs(grid).mix.unique() if mix not in ("sgd", baseline)]
     rows = [pair for mix in mixes if len(pair := results.pairs(mix, baseline, value, grid))]
     if not rows:
         raise NotMeasured(f"no finished run has a partner with the update {baseline}")
-    return estimates(pd.concat(rows), "difference", CELL)
+    return pd.concat(rows)
+
+
+def differences(results: Results, value: str, grid: Grids = None, baseline: str = "sgd") -> pd.Series:
+    """Each update minus the baseline: an Estimate of `paired` by mix and ρ."""
+    return estimates(paired(results, value, grid, baseline), "difference", CELL)
 
 
 def table(results: Results, grid: Grids = None, names: Iterable[str] = ACCURACIES) -> pd.DataFrame:

@@ -52,7 +52,7 @@ class Finding:
     @property
     def shown(self) -> str:
         """What was measured, without the pairs that are left out."""
-        return str(replace(self.measured, left_out=0)) if isinstance(self.measured, Estimate) else self.measured
+        return self.measured if isinstance(self.measured, str) else str(replace(self.measured, left_out=0, missing=0))
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from samlib.mix import CONTROLS
 WIDTH = 9.0  # inches: the most that a notebook shows at its full size
 SMALLEST = 8.0  # points
 DPI = 110
+FEW = 8
 GREY = "#555555"
 # One look a meaning, everywhere: colour (Okabe and Ito's palette), line and marker, each telling the mixes apart alone.
 LOOKS = {
@@ -103,12 +104,17 @@ def legend(figure: Figure, axes: Axes | None = None, columns: int = 4) -> None:
 
 
 def curve(axes: Axes, frame: pd.DataFrame, x: str, y: str, scale: float = 100, **style: Any) -> None:
-    """The mean over runs by x, and its 95 % interval, but for what has no label: chance."""
+    """The mean over runs by x, and its 95 % interval, but for what has no label: chance. A band, or bars where x has no
+    more than FEW values: a band shows nothing at a point whose neighbours have one run."""
     over = (scale * frame.groupby([x, "run"])[y].mean()).groupby(level=0).agg(["mean", "sem", "count"])
     axes.plot(over.index, over["mean"], **{"markevery": max(1, len(over) // 8)} | style)
     if style["label"] is not None and (over["count"] > 1).any():
         half = stats.t.ppf(UPPER, over["count"] - 1) * over["sem"]
-        axes.fill_between(over.index, over["mean"] - half, over["mean"] + half, color=style["color"], alpha=0.15, lw=0)
+        if len(over) <= FEW:
+            axes.errorbar(over.index, over["mean"], half, fmt="none", ecolor=style["color"], elinewidth=1, capsize=2.5)
+        else:
+            ends = over["mean"] - half, over["mean"] + half
+            axes.fill_between(over.index, *ends, color=style["color"], alpha=0.15, lw=0)
 
 
 def lines(
@@ -128,7 +134,7 @@ def lines(
         axes.set_xlabel(xlabel)
     longest = max((len(label) for axes in drawn.axes for label in axes.get_legend_handles_labels()[1]), default=1)
     legend(drawn, columns=min(5, 110 // (longest + 7)))
-    note = f"{note}; lines: means over seeds, bands: 95 % intervals".removeprefix("; ")
+    note = f"{note}; lines: means over seeds, bands or bars: 95 % intervals".removeprefix("; ")
     runs = results.runs()
     return describe(drawn, alt, results.caption(runs=runs[runs.index.isin(shown)], note=note))
 

@@ -9,73 +9,83 @@ from matplotlib.figure import Figure
 
 from samlib.analysis import ablation, figures
 from samlib.analysis.figures import CHANCE, lines, look, rho_axis
-from samlib.analysis.results import SHARPNESS, Grids, NotMeasured, Results, in_order, mix_name, plural, trainings
-from samlib.analysis.stats import Estimate, expected_by_chance
+from samlib.analysis.results import (
+    SHARPNESS,
+    Grids,
+    NotMeasured,
+    Results,
+    estimates,
+    in_order,
+    mix_name,
+    plural,
+    trainings,
+)
+from samlib.analysis.stats import expected_by_chance
 
 TITLES = {"test_accuracy": "test accuracy", "memorized": "flips memorized", "eval_train_accuracy": "training accuracy"}
 TITLES |= {name: textwrap.fill(f"sharpness, {name}", 24) for name in SHARPNESS}
 
 
-def drawn(e: Estimate) -> tuple[float, float]:
-    """Value and half-width, 0 where there is no interval; shares in percent."""
-    scale = 100 if e.unit in ("%", "points") else 1
-    return scale * e.value, scale * np.nan_to_num(e.half)
-
-
-def at(rho: float, found: pd.Series) -> pd.Series:
-    """Of Estimates by mix and ρ those that are measured, by mix: at one ρ, or at its own where it has only one."""
-    found = found[[not np.isnan(e.value) for e in found]]
-    alone = ~found.index.get_level_values("mix").duplicated(keep=False)
-    return found[alone | (found.index.get_level_values("rho") == rho)].droplevel("rho")
+def at(rho: float, rows: pd.DataFrame, value: str) -> pd.DataFrame:
+    """The rows that have a value: of each mix at one ρ, or at its own where it has only one."""
+    rows = rows[rows[value].notna()]
+    rhos = rows.rho.mask(rows.mix == "sgd").groupby(rows.mix)
+    return rows[(rows.rho == rho) | (rhos.transform("nunique") < 2)]
 
 
 def dots(results: Results, values: Iterable[str], grid: Grids = None, minus_sgd: bool = False) -> Figure:
     """A row an update, a panel a value: its level at one ρ, or at its own where it was trained at another alone, with
-    what chance memorizes as a tick, or its difference to SGD. SAM's value is carried down as a line; n stands beside an
-    update with fewer runs. Limits are around the means: an interval much wider than their range is cut off."""
+    what chance memorizes as a tick, or its difference to SGD; below it each seed's own. SAM's value is carried down as
+    a line; n stands beside an update with fewer runs. Limits are around the seeds: an interval much wider than their
+    range is cut off."""
     rho, panels = ablation.shown_rho(results, grid), {}
     for value in values:
-        of_value = ablation.differences(results, value, grid) if minus_sgd else results.means(value, grid=grid)
-        if len(found := at(rho, of_value)):
-            panels[value] = found
+        rows = ablation.paired(results, value, grid) if minus_sgd else trainings(results.of(value, grid))
+        rows = at(rho, rows.assign(shown=rows.difference if minus_sgd else rows[value].astype(float)), "shown")
+        if len(rows):
+            panels[value] = rows, estimates(rows, "difference" if minus_sgd else value, ("mix",))
     if not panels:
         raise NotMeasured(f"no finished run at ρ = {rho:g} has {' or '.join(TITLES[value] for value in values)}")
-    mixes = in_order(mix for found in panels.values() for mix in found.index)
-    n = {mix: max(found[mix].n for found in panels.values() if mix in found) for mix in mixes}
-    figure, [row] = figures.figure(1, len(panels), height=1.2 + 0.23 * len(mixes), sharey=True)
-    for axes, (value, found) in zip(row, panels.items(), strict=True):
-        means = [drawn(e)[0] for e in found] + [0] * minus_sgd
+    mixes = in_order(mix for _, found in panels.values() for mix in found.index)
+    n = {mix: max(found[mix].n for _, found in panels.values() if mix in found) for mix in mixes}
+    figure, [row] = figures.figure(1, len(panels), height=1.2 + 0.26 * len(mixes), sharey=True)
+    for axes, (value, (rows, found)) in zip(row, panels.items(), strict=True):
+        unit = found.iloc[0].unit
+        scale = 100 if unit in ("%", "points") else 1
         for mix, e in found.items():
-            style = look(mix, linestyle="", capsize=2.5, elinewidth=1.1)
-            axes.errorbar(drawn(e)[0], mixes.index(mix), xerr=drawn(e)[1] or None, **style)
+            style, y = look(mix, linestyle="", capsize=2.5, elinewidth=1.1), mixes.index(mix)
+            axes.errorbar(scale * e.value, y, xerr=None if np.isnan(e.half) else scale * e.half, **style)
+            own = scale * rows.shown[rows.mix == mix]
+            axes.plot(own, [y + 0.32] * len(own), ".", color=style["color"], markersize=3.5, alpha=0.6)
         if minus_sgd:
             axes.axvline(0, color=look("sgd")["color"], linewidth=1)
         if "sam" in found:
-            axes.axvline(drawn(found["sam"])[0], color=look("sam")["color"], linestyle="--", linewidth=1, zorder=1)
+            axes.axvline(scale * found["sam"].value, color=look("sam")["color"], linestyle="--", linewidth=1, zorder=1)
         if value == "memorized" and not minus_sgd:
-            chance = at(rho, results.means("memorized_chance", grid=grid)).map(lambda e: drawn(e)[0])
+            chance = 100 * rows.memorized_chance.astype(float).groupby(rows.mix).mean()
             axes.plot(chance, [mixes.index(mix) for mix in chance.index], "|", color=figures.GREY, markersize=12)
-        wide = 3 * np.median([drawn(e)[1] for e in found])  # the frame leaves out only what is much wider than this
-        room, (low, high) = max(0.5 * np.ptp(means), wide) or 1.0, axes.get_xlim()
-        if found.iloc[0].unit == "%":
+        seeds = [scale * x for x in rows.shown] + [0] * minus_sgd
+        wide = 3 * scale * np.median([np.nan_to_num(e.half) for e in found])  # the frame cuts off only what is wider
+        room, (low, high) = max(0.5 * np.ptp(seeds), wide) or 1.0, axes.get_xlim()
+        if unit == "%":
             low, high = max(low, -2), min(high, 102)  # an interval may promise more than there is
-        axes.set_xlim(max(min(means) - room, low), min(max(means) + room, high))
+        axes.set_xlim(max(min(seeds) - room, low), min(max(seeds) + room, high))
         axes.set_title(TITLES[value])
-        axes.set_xlabel(found.iloc[0].unit)
+        axes.set_xlabel(unit)
     runs = results.runs(grid)
     rhos = runs[runs.mix != "sgd"].groupby("mix").rho.unique()
     own = {mix: of[0] for mix, of in rhos.items() if len(of) == 1 and of[0] != rho}
     labels = [mix_name(mix) + (f", ρ = {own[mix]:g}" if mix in own else "") for mix in mixes]
     labels = [label + f" (n={n[m]})" * (n[m] < max(n.values())) for label, m in zip(labels, mixes, strict=True)]
     row[0].set_yticks(range(len(mixes)), labels)
-    row[0].set_ylim(len(mixes) - 0.5, -0.5)
-    note = "mean and 95 % interval over seeds; grey ticks: by chance alone"
+    row[0].set_ylim(len(mixes) - 0.4, -0.6)
+    note = "mean and 95 % interval over seeds, below it each seed"
     if minus_sgd:
-        intervals = sum(not np.isnan(e.half) for found in panels.values() for e in found)
-        note = "minus SGD's, paired by seed: mean and 95 % interval, which may leave the frame; by "
-        note += (
-            f"chance alone {expected_by_chance(intervals):.1f} of {plural(intervals, 'interval')} would exclude zero"
-        )
+        intervals = sum(not np.isnan(e.half) for _, found in panels.values() for e in found)
+        note = f"minus SGD's, paired by seed: {note}; an interval may leave the frame; by chance alone "
+        note += f"{expected_by_chance(intervals):.1f} of {plural(intervals, 'interval')} would exclude zero"
+    elif "memorized" in panels:
+        note += "; grey ticks: by chance alone"
     alt = f"Every update{' minus SGD' * minus_sgd}, beside its controls: {', '.join(map(TITLES.get, panels))}"
     runs = runs[(runs.rho == rho) | runs.mix.isin(["sgd", *own])]
     return figures.describe(figure, alt, results.caption(runs=runs, note=note))

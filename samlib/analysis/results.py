@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -208,7 +208,7 @@ def found_path(path: str | Path) -> Path:
 
 def pairs(frame: pd.DataFrame, a: Any, b: Any, value: str = "test_accuracy", but: Sequence[str] = ()) -> pd.DataFrame:
     """The rows of kind a with the columns `a` and `b`, the value of each and of its partner, `difference` and
-    `resolution`; NaN where one of the two diverged or is not finished.
+    `resolution`; NaN where one of the two diverged or is not finished, and `status` "missing" in the second case.
 
     frame: Results.planned, or Results.sharpness, whose partners agree in ALSO too. a, b: a mix, or the fields that make
     the kind: {"batch_size": 1024, "lr": 0.2}. Partners agree, the seed included, in all of the configuration but what a
@@ -222,11 +222,12 @@ def pairs(frame: pd.DataFrame, a: Any, b: Any, value: str = "test_accuracy", but
     free |= {"mix_warmup"} if "mix" in free else set()
     free |= {"rho"} if any(len(side) and (side.mix == "sgd").all() for side in sides) else set()
     keys = [_keys(side, free) for side in sides]
-    partners = sides[1][value].astype(float).set_axis(keys[1])
-    if partners.index.has_duplicates:
+    if keys[1].has_duplicates:
         raise ValueError(f"{kinds[0]} has several partners {kinds[1]}: `but` holds too much")
-    rows = sides[0].assign(a=sides[0][value].astype(float), b=partners.reindex(keys[0]).to_numpy())
-    rows = rows[keys[0].isin(partners.index)]
+    there = keys[0].isin(keys[1])
+    rows, partners = sides[0][there], sides[1].set_axis(keys[1]).loc[keys[0][there]]
+    rows = rows.assign(a=rows[value].astype(float), b=partners[value].to_numpy(dtype=float))
+    rows = rows.assign(status=rows.status.mask(partners.status.eq("missing").to_numpy(), "missing"))
     resolution = 1 / rows[COUNTED[value]].where(lambda n: n > 0) if value in COUNTED else 0.0
     return rows.assign(difference=rows.a - rows.b, resolution=resolution, value=value)
 
@@ -265,7 +266,8 @@ def estimates(frame: pd.DataFrame, value: str, by: Sequence[str]) -> pd.Series:
                 f"runs of one seed differ in {', '.join(differ)}: name it in `by`, or read one grid alone"
             )
         resolution = np.nan_to_num(part.resolution.max()) if "resolution" in part else 0.0
-        found[key] = mean_interval(part[value].astype(float), float(resolution), unit, signed)
+        estimate = mean_interval(part[value].astype(float), float(resolution), unit, signed)
+        found[key] = replace(estimate, missing=int((part.status == "missing").sum()))
     index = pd.MultiIndex.from_frame(pd.DataFrame(list(found), columns=list(by)))
     return pd.Series(list(found.values()), index.get_level_values(0) if len(by) == 1 else index, dtype=object)
 

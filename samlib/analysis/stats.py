@@ -32,7 +32,8 @@ class Estimate:
     n: int = 0
     unit: str = ""
     signed: bool = False  # shown with its sign: differences and correlations
-    left_out: int = 0  # runs or pairs that diverged or lack their partner
+    left_out: int = 0  # runs or pairs without a value: they diverged, or are not finished, or tie
+    missing: int = 0  # those of them that are not finished
     note: str = ""  # why there is no interval, where it is not n
 
     @property
@@ -58,7 +59,7 @@ class Estimate:
         """One digit after the point for percent and points, two where the interval is narrower than that, and three
         significant ones otherwise. n: whether it is shown."""
         if np.isnan(self.value):
-            return "–" if not self.left_out else f"– ({self.left_out} left out)"
+            return "–" if not self.left_out else f"– ({', '.join(self._absent)})"
         scale = 100 if self.unit in ("%", "points", "of") else 1
         digits = 2 if 0 < scale * self.half < 0.05 else 1
         if scale == 1:
@@ -71,12 +72,17 @@ class Estimate:
         even = self.unit != "of" and abs(self.high + self.low - 2 * self.value) < 1e-9
         unit = {"": "", "of": " %"}.get(self.unit, f" {self.unit}")
         notes = [f"{shown(self.low)} to {shown(self.high)}{unit}"] * (not even and not np.isnan(self.half))
-        notes += [f"n={self.n}"] * (n and self.unit != "of") + [f"{self.left_out} left out"] * (n and self.left_out > 0)
+        notes += [f"n={self.n}"] * (n and self.unit != "of") + self._absent * n
         notes += [self.note] * bool(n and self.note)
         text = shown(self.value) + f" ± {shown(self.half, '')}" * even + unit
         if self.unit == "of":
             text = f"{self.value * self.n:.0f} of {self.n}"
         return f"{text} ({', '.join(notes)})" if notes else text
+
+    @property
+    def _absent(self) -> list[str]:
+        left_out = self.left_out - self.missing
+        return [f"{self.missing} missing"] * (self.missing > 0) + [f"{left_out} left out"] * (left_out > 0)
 
 
 def mean_interval(values: Iterable[float], resolution: float = 0.0, unit: str = "", signed: bool = False) -> Estimate:
