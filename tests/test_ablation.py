@@ -208,6 +208,18 @@ def test_an_update_with_fewer_runs_says_so(tmp_path):
     assert [t.get_text() for t in labels if "n=" in t.get_text()] == ["checkpoint 2 (n=2)"]
 
 
+def test_of_a_run_the_clean_labels_that_it_fits_are_what_its_accuracy_leaves_beside_the_flips(results):
+    left, right = figures_ablation.labels_fitted(results, ["ablation", "rho"]).axes
+    [sgd] = [line for line in right.lines if line.get_label() == "SGD"]
+    run = results.runs("ablation").query("mix == 'sgd' and seed == 1").iloc[0]
+    flipped, memorized = run.flipped / run.train_images, run.memorized
+    at = np.isclose(sgd.get_xdata(), 100 * memorized)  # accuracy: flips as far as memorized, clean labels otherwise
+    fits = sgd.get_ydata()[at].item() / 100
+    assert flipped * memorized + (1 - flipped) * fits == pytest.approx(run.eval_train_accuracy)
+    points = sum(len(line.get_xdata()) for line in left.lines)
+    assert points == len(results.runs(["ablation", "rho"]).drop_duplicates(["mix", "rho", "seed"]))
+
+
 def test_without_partners_there_is_a_sentence_and_no_figure(tmp_path):
     results = written(tmp_path, only=lambda c: c.mix == "sgd")
     for values in PANELS:
@@ -235,8 +247,8 @@ def test_the_notebook_reads_a_study_that_lacks_most_arms(tmp_path, monkeypatch, 
             namespace |= given
         assert shown is None or eval(shown, namespace) is not None
     drawn = {path.stem for path in (tmp_path / "figures").rglob("*.png")}
-    every = {"06_accuracy", "06_sharpness", "06_over_rho"} if name.startswith("06") else {"08_memorized", "08_over_rho"}
-    assert drawn == (every if not only else {"08_memorized"} & every)
+    of = {"06": {"06_accuracy", "06_sharpness", "06_over_rho"}, "08": {"08_memorized", "08_over_rho", "08_labels"}}
+    assert drawn == of[name[:2]] & (of[name[:2]] if not only else {"08_memorized", "08_labels"})
 
 
 def test_a_sharpness_that_no_run_has_is_not_measured(tmp_path):

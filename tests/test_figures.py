@@ -58,5 +58,6 @@ def test_mixes_are_told_apart_without_colour():
     for key in ("color", "linestyle", "marker"):
         assert len({str(look[key]) for look in looks if look["label"] != "inactive"}) == len(looks) - 1
     control = figures.look("shuffled-scale2x0.5")
-    assert control["marker"] == figures.look("scale2x0.5")["marker"] and control["markerfacecolor"] == "none"
+    assert control["marker"] == figures.look("scale2x0.5")["marker"] and control["fillstyle"] == "none"
+    assert len({figures.look(mix)["fillstyle"] for mix in ("shuffled-sam", "rescaled-sam", "length-sam")}) == 3
     assert re.fullmatch("SANER, shuffled", control["label"])

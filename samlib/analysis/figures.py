@@ -57,13 +57,16 @@ Lines = Iterable[tuple[pd.DataFrame, str, dict]]  # of rows a column, and its lo
 
 def look(mix: str, **changes: Any) -> dict[str, Any]:
     """Colour, line and marker of a mix (or "inactive"), as keywords of Axes.plot and Axes.errorbar, with its name as
-    `label`. A control looks like its mix with hollow markers and a thin line."""
+    `label`. A control looks like its mix with a thin line and markers that are hollow where checkpoints are shuffled,
+    and half full where a length is another's."""
     control, _, rest = mix.partition("-")
     base = rest if control in CONTROLS else mix
     color, line, marker = LOOKS.get(base) or (OTHERS[sum(map(ord, base)) % len(OTHERS)], "-", "h")
     label = mix_name(mix) if mix != "inactive" else mix
     found = {"color": color, "linestyle": line, "marker": marker, "label": label, "markersize": 5, "linewidth": 1.6}
-    return found | ({"markerfacecolor": "none", "linewidth": 0.8} if base != mix else {}) | changes
+    half = {"shuffled": "none", "rescaled": "bottom", "length": "right"}
+    own = {"fillstyle": half[control], "markerfacecoloralt": "white", "linewidth": 0.8} if base != mix else {}
+    return found | own | changes
 
 
 def figure(rows: int = 1, columns: int = 1, height: float = 3.2, width: float = WIDTH, **options: Any) -> tuple:

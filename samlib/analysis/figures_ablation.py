@@ -123,3 +123,24 @@ def over_rho(
     for axes in figure.axes[-levels:]:
         axes.set_xlabel("ρ")
     return figure
+
+
+def labels_fitted(results: Results, grids: Grids) -> Figure:
+    """Against the flips that it memorizes, a point a run at any ρ: its test accuracy, and how many of the clean labels
+    it fits, (training accuracy − flipped · memorized) / (1 − flipped). Raises NotMeasured where no label is flipped."""
+    runs = trainings(results.runs(grids)).query("status == 'done' and noise_fraction > 0")
+    if runs.empty:
+        raise NotMeasured("no finished run has flipped labels")
+    runs = runs.astype({"memorized": float, "eval_train_accuracy": float, "test_accuracy": float})
+    flipped = runs.flipped / runs.train_images
+    fits = (runs.eval_train_accuracy - flipped * runs.memorized) / (1 - flipped)
+    drawn, [row] = figures.figure(1, 2, height=4.6)
+    panels = {"test accuracy, %": runs.test_accuracy, "clean labels fitted, %": fits}
+    for axes, (title, y) in zip(row, panels.items(), strict=True):
+        for mix in in_order(runs.mix):
+            of = runs.mix == mix
+            axes.plot(100 * runs.memorized[of], 100 * y[of], **look(mix, linestyle="", markeredgewidth=0.8))
+        axes.set(title=title, xlabel="flips memorized, %")
+    figures.legend(drawn, columns=4)
+    alt = "Test accuracy, and the share of the clean labels that is fitted, against flips memorized: a point a run."
+    return figures.describe(drawn, alt, results.caption(runs=runs, note="a point a run, of every update and ρ"))
