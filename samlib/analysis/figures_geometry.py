@@ -168,6 +168,8 @@ def sweep(results: Results) -> Figure:
             figure.axes[2].plot(100 * part[of], 100 * part.test_accuracy, **points)
     for axes in figure.axes[:2]:
         rho_axis(axes, sorted(frame.rho.unique()))
+    low, high = figure.axes[1].get_ylim()
+    figure.axes[1].set_ylim(max(low, 0), min(high, 103))
     figure.axes[2].set(xlabel=share, ylabel=accuracy)
     return figure
 

@@ -40,10 +40,11 @@ def curves(results: Results, value: str = "test_accuracy") -> Figure:
             ]
     sizes = rows.data_fraction.nunique()
     whole = len(panels) == sizes * rows.noise_fraction.nunique()
-    least = 0 if flips else 100 * rows.groupby([*REGIME, "mix", "epoch"])[value].mean().min() - 3
+    means = 100 * rows.groupby([*REGIME, "mix", "epoch"])[value].mean()
+    least, most = (0, 101) if flips else (means.min() - 3, min(means.max() + 5, 101))
     alt = f"{NAMES[value]} over the epochs of {', '.join(map(mix_name, in_order(rows.mix)))}. A panel a data regime."
     note = CHOSEN + "; dotted: what a network that knows nothing of the flips would predict" * flips
-    shape = {"rows": sizes if whole else 1, "sharex": False, "ylim": (least, 101)}
+    shape = {"rows": sizes if whole else 1, "sharex": False, "ylim": (least, most)}
     drawn = lines(results, panels, "epoch", "epoch", alt, note, **shape)
     drawn.supylabel(NAMES[value], fontsize=9)
     return drawn
@@ -134,6 +135,7 @@ def sweep(results: Results) -> Figure:
     drawn = lines(results, panels, "rho", "ρ", alt, note, sharey=False, ylim=(0, None))
     chosen = table[table.chosen != ""]
     for panel, value in zip(drawn.axes, table.columns.drop("chosen"), strict=True):
+        panel.set_ylim(top=min(panel.get_ylim()[1], 103))
         rho_axis(panel, sorted(table.index.get_level_values("rho").unique()))
         y = [100 * e.value for e in chosen[value]]
         panel.plot(chosen.index.get_level_values("rho"), y, "o", markersize=12, markerfacecolor="none", color=GREY)
