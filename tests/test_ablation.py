@@ -51,7 +51,8 @@ def written(folder, grids=GRIDS, base=BASE, sharp=SHARP, only=lambda config: Tru
     study = Study.load(write_study(folder / "s.yaml", grids, base))
     for config in filter(only, study.configs()):
         facts = {"test_accuracy": number(config), "eval_train_accuracy": 0.9, "validation_accuracy": number(config)}
-        facts |= {"flipped": 100, "memorized": 0.5 - number(config) / 2, "memorized_chance": 0.1}
+        facts |= {"flipped": 100 * (config.noise_fraction > 0), "memorized_chance": 0.1}
+        facts |= {"memorized": 0.5 - number(config) / 2}
         tables = {"sharpness": sharpness(config, sharp.get(config.mix, 1.2))}
         write_run(folder / "runs", config, tables, **facts)
     return load(study, folder / "runs")
@@ -216,8 +217,76 @@ def test_of_a_run_the_clean_labels_that_it_fits_are_what_its_accuracy_leaves_bes
     at = np.isclose(sgd.get_xdata(), 100 * memorized)  # accuracy: flips as far as memorized, clean labels otherwise
     fits = sgd.get_ydata()[at].item() / 100
     assert flipped * memorized + (1 - flipped) * fits == pytest.approx(run.eval_train_accuracy)
-    points = sum(len(line.get_xdata()) for line in left.lines)
+    points = sum(len(line.get_xdata()) for line in left.lines if line.get_label() != "SGD of fewer epochs")
     assert points == len(results.runs(["ablation", "rho"]).drop_duplicates(["mix", "rho", "seed"]))
+
+
+def of_lengths(folder, found: dict[str, list[tuple[float, float, float]]], held_out=lambda config: 0.5):
+    """Runs of two seeds with memorized, fits and test accuracy, of each number of epochs in turn from 10 down."""
+    grids = {
+        "ablation": [
+            {"mix": mix, "epochs": [10 - k for k in range(len(ends))], "rho": 0.4, "seed": [0, 1]}
+            for mix, ends in found.items()
+        ]
+    }
+    study = Study.load(write_study(folder / "s.yaml", grids, BASE))
+    for config in study.configs():
+        memorized, fits, test = found[config.mix][10 - config.epochs]
+        test -= 0.01 * config.seed
+        facts = {"flipped": 200, "train_images": 500, "memorized": memorized, "test_accuracy": test}
+        facts |= {"eval_train_accuracy": 0.4 * memorized + 0.6 * fits, "validation_accuracy": held_out(config)}
+        write_run(folder / "runs", config, **facts)
+    return load(study, folder / "runs")
+
+
+LENGTHS = [(1.0, 1.0, 0.2), (0.6, 0.9, 0.4), (0.2, 0.5, 0.3)]  # of SGD, the longest first
+
+
+def test_an_update_is_compared_with_sgd_that_memorizes_as_much(tmp_path):
+    alone = {"checkpoint1": [(0.6, 0.9, 0.4)], "checkpoint2": [(0.1, 0.9, 0.9)]}
+    ends = {"sgd": LENGTHS, "sam": [(0.3, 0.8, 0.5)]} | alone
+    results = of_lengths(tmp_path, ends)
+    between = {"fits_at_equal": 0.5 + 0.4 / 4, "test_at_equal": 0.3 + 0.1 / 4}  # SGD at 0.3, by hand
+    for (value, sgd), own in zip(between.items(), (0.8, 0.5), strict=True):
+        found = ablation.differences(results, value, "ablation")
+        assert (found["sam", 0.4].value, found["sam", 0.4].n) == (pytest.approx(own - sgd), 2)
+        assert found["sam", 0.4].unit == "points"
+        assert found["checkpoint1", 0.4].value == pytest.approx(0, abs=1e-9)  # it is SGD of fewer epochs
+        assert found["checkpoint2", 0.4].n == 0  # no SGD memorizes as little
+        rows = ablation.at_equal(results).query("mix == 'sgd' and epochs == 10")
+        assert rows[value].tolist() == pytest.approx([0, 0], abs=1e-9)
+    assert [mix for mix, _ in ablation.at_equal_table(results).index] == ["sam", "checkpoint1"]
+    labels = figures_ablation.dots(results, list(ablation.AT_EQUAL), "ablation", True).axes[0].get_yticklabels()
+    assert [label.get_text() for label in labels] == ["SAM", "checkpoint 1"]
+
+
+def test_sgd_of_more_epochs_is_no_partner_at_equal_memorization(tmp_path):
+    ends = {"sgd": LENGTHS, "sam": [(0.5, 0.9, 0.5)] * 2}  # of 10 epochs, and of 9
+    rows = ablation.at_equal(of_lengths(tmp_path, ends)).query("mix == 'sam' and seed == 0").set_index("epochs")
+    assert rows.test_at_equal[10] == rows.test_at_equal[9] == pytest.approx(0.5 - 0.375)
+    (tmp_path / "late").mkdir()
+    late = ablation.at_equal(of_lengths(tmp_path / "late", {"sgd": LENGTHS, "sam": [(0.9, 1.0, 0.5)] * 2}))
+    late = late.query("mix == 'sam' and seed == 0").set_index("epochs").test_at_equal
+    assert late[10] == pytest.approx(0.5 - 0.25) and np.isnan(late[9])
+
+
+def test_sgds_length_is_chosen_on_held_out_images_and_never_on_the_test_set(tmp_path):
+    best = {10: 0.3, 9: 0.4, 8: 0.6}  # where it tests 0.3, not 0.4
+    results = of_lengths(tmp_path, {"sgd": LENGTHS, "sam": [(0.3, 0.8, 0.5)]}, lambda c: best[c.epochs])
+    pairs = ablation.against_shorter_sgd(results, "sam")
+    assert pairs.difference.tolist() == pytest.approx([0.2, 0.2]) and pairs.b.tolist() == pytest.approx([0.3, 0.29])
+    [claim] = [c for c in claims("08_label_noise") if c.name == "sam_beats_shorter_sgd"]
+    assert [f.measured.value for f in claim.findings(results)] == pytest.approx([0.2])
+
+
+def test_without_shorter_runs_there_is_nothing_to_compare_with_at_equal_memorization(results, tmp_path):
+    with pytest.raises(NotMeasured):
+        ablation.differences(results, "fits_at_equal", "ablation")
+    with pytest.raises(NotMeasured):
+        ablation.against_shorter_sgd(results, "sam")
+    (tmp_path / "clean").mkdir()
+    with pytest.raises(NotMeasured):
+        ablation.fitted(written(tmp_path / "clean", base=BASE | {"noise_fraction": 0.0}))
 
 
 def test_without_partners_there_is_a_sentence_and_no_figure(tmp_path):
@@ -235,7 +304,7 @@ def test_the_notebook_reads_a_study_that_lacks_most_arms(tmp_path, monkeypatch, 
     written(tmp_path, only=lambda c: only in ("", c.mix))
     notebook = nbformat.read(PROJECT / f"notebooks/{name}.ipynb", 4)
     given = {"study": str(tmp_path / "s.yaml"), "root": str(tmp_path / "runs"), "figures": str(tmp_path / "figures")}
-    given |= {"probes": "ablation"} if name.startswith("08") else {}
+    given |= {"probes": "ablation", "shorter": "ablation"} if name.startswith("08") else {}
     namespace: dict = {"In": [""]}
     monkeypatch.chdir(tmp_path)
     for cell in (c for c in notebook.cells if c.cell_type == "code"):

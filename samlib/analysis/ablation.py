@@ -2,19 +2,25 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from functools import partial
 
 import numpy as np
 import pandas as pd
 
 from samlib import PROJECT
 from samlib.analysis.results import (
+    REGIME,
     Grids,
     NotMeasured,
     Results,
+    at_chosen_rho,
     chosen_rho,
+    configurations,
     estimates,
     held_out,
     mix_order,
+    once,
+    pairs,
     setting_name,
     trainings,
 )  # fmt: skip
@@ -22,16 +28,74 @@ from samlib.analysis.stats import Estimate
 
 DOCUMENT = PROJECT / "notebooks/reference/checkpoint_ablation.csv"  # CIFAR-100, one run a cell
 ACCURACIES = ("test_accuracy", "eval_train_accuracy", "memorized", "memorized_chance")
+AT_EQUAL = {"fits_at_equal": "fits", "test_at_equal": "test_accuracy"}  # and what they compare, see `at_equal`
 CELL, SETTING = ("mix", "rho"), ("data_fraction", "noise_fraction", "rho", "augment")
 
 
 def paired(results: Results, value: str, grid: Grids = None, baseline: str = "sgd") -> pd.DataFrame:
-    """The `pairs` of each update and the baseline, of one seed and at the same ρ (SGD has none)."""
+    """The `pairs` of each update and the baseline, of one seed and at the same ρ (SGD has none); a value of AT_EQUAL is
+    that above SGD which memorizes as much."""
     mixes = [mix for mix in results.runs(grid).mix.unique() if mix not in ("sgd", baseline)]
-    rows = [pair for mix in mixes if len(pair := results.pairs(mix, baseline, value, grid))]
+    of = partial(pairs_at_equal, results) if value in AT_EQUAL else results.pairs
+    rows = [pair for mix in mixes if len(pair := of(mix, baseline, value, grid))]
     if not rows:
         raise NotMeasured(f"no finished run has a partner with the update {baseline}")
     return pd.concat(rows)
+
+
+def fitted(results: Results, grid: Grids = None) -> pd.DataFrame:
+    """`planned` with `fits`, the share of the clean labels that a run fits: (training accuracy − flipped · memorized) /
+    (1 − flipped), NaN where no label is flipped. Raises NotMeasured where none is in any run."""
+    rows = results.planned(grid)
+    rows = rows.astype(dict.fromkeys(("memorized", "eval_train_accuracy", "test_accuracy"), float))
+    flipped = rows.flipped.where(rows.flipped > 0) / rows.train_images
+    rows = rows.assign(fits=(rows.eval_train_accuracy - flipped * rows.memorized) / (1 - flipped))
+    if rows.fits.isna().all():
+        raise NotMeasured("no finished run has flipped labels")
+    return rows
+
+
+@once
+def at_equal(results: Results, grid: Grids = None) -> pd.DataFrame:
+    """`fitted` with AT_EQUAL: how far a run's accuracies are above those of SGD that memorizes as much.
+
+    That is SGD of the same seed and of as many epochs or fewer, linear between the two that memorize a little less and
+    a little more; NaN where there are none. All are compared at their ends, where the learning rate is zero: a run that
+    memorizes as much on its way still gains from its fall. Raises NotMeasured where no run has any."""
+    rows = fitted(results, grid).assign(**dict.fromkeys(AT_EQUAL, np.nan))
+    keys, known = configurations(rows, {"mix", "mix_warmup", "rho", "epochs"}), rows.fits.notna()
+    for _, alike in rows[known].groupby(keys[known]):
+        sgd = alike[alike.mix == "sgd"].drop_duplicates("epochs").sort_values("memorized")
+        for run, row in alike.iterrows():
+            curve = sgd[sgd.epochs <= row.epochs]
+            for name, column in AT_EQUAL.items() if len(curve) > 1 else ():
+                as_much = np.interp(row.memorized, curve.memorized, curve[column], np.nan, np.nan)
+                rows.loc[run, name] = row[column] - as_much
+    if rows[[*AT_EQUAL]].isna().all(axis=None):
+        raise NotMeasured("no run memorizes as much as one of SGD of fewer epochs")
+    return rows
+
+
+def pairs_at_equal(results: Results, a: str, b: str, value: str, grid: Grids = None) -> pd.DataFrame:
+    """`pairs` of one of AT_EQUAL; SGD's own is zero."""
+    return pairs(at_equal(results, grid), a, b, value)
+
+
+def against_shorter_sgd(results: Results, mix: str, grid: Grids = None) -> pd.DataFrame:
+    """`pairs` of an update, at the ρ that is best on held-out images, and SGD of the number of epochs, as many or
+    fewer, that is best there, over the seeds that all numbers have. Raises NotMeasured where SGD has one number."""
+    rows, found = at_chosen_rho(trainings(results.planned(grid)), (*REGIME, "augment")), []
+    keys = configurations(rows, {"mix", "mix_warmup", "rho", "epochs", "seed", "data_seed"})
+    for _, alike in rows.groupby(keys):
+        others, sgd = alike[alike.mix == mix], alike[(alike.mix == "sgd") & alike.validation_accuracy.notna()]
+        for epochs, longest in others.groupby("epochs"):
+            held_out = sgd[sgd.epochs <= epochs].pivot_table("validation_accuracy", "seed", "epochs").dropna()
+            if held_out.shape[1] > 1 and len(held_out):
+                best = sgd[sgd.epochs == held_out.mean().idxmax()]
+                found.append(pairs(pd.concat([longest, best]), mix, "sgd", but=("epochs",)))
+    if not found:
+        raise NotMeasured("SGD was trained for one number of epochs")
+    return pd.concat(found)
 
 
 def differences(results: Results, value: str, grid: Grids = None, baseline: str = "sgd") -> pd.Series:
@@ -47,6 +111,20 @@ def table(results: Results, grid: Grids = None, names: Iterable[str] = ACCURACIE
         with suppress(NotMeasured):
             found[f"{first} minus {mix.upper()}"] = differences(results, first, grid, mix)
     rows = pd.DataFrame(found)
+    return rows.loc[sorted(rows.index, key=lambda key: (mix_order(key[0]), np.nan_to_num(key[1])))]
+
+
+def at_equal_table(results: Results, grid: Grids = None) -> pd.DataFrame:
+    """AT_EQUAL above SGD's, and that minus its shuffled control's: a row a mix and ρ that has any."""
+    names = {"fits_at_equal": "clean labels fitted", "test_at_equal": "test accuracy"}
+    found = {f"{title} minus SGD's": differences(results, value, grid) for value, title in names.items()}
+    mixes = results.runs(grid).mix.unique()
+    for value, title in names.items():
+        rows = [p for mix in mixes if len(p := pairs_at_equal(results, mix, f"shuffled-{mix}", value, grid))]
+        if rows:
+            found[f"{title} minus its shuffled control's"] = estimates(pd.concat(rows), "difference", CELL)
+    rows = pd.DataFrame(found)
+    rows = rows[[any(isinstance(e, Estimate) and e.n for e in row) for row in rows.to_numpy()]]
     return rows.loc[sorted(rows.index, key=lambda key: (mix_order(key[0]), np.nan_to_num(key[1])))]
 
 

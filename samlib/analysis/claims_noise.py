@@ -1,9 +1,9 @@
 """What SANER's paper (arXiv 2411.17132) says of checkpoint 2 and flipped labels, in our words, and a control of it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 
-from samlib.analysis.ablation import by_setting
+from samlib.analysis.ablation import against_shorter_sgd, by_setting, pairs_at_equal
 from samlib.analysis.claim import ASKED, Finding, claim
 from samlib.analysis.claims_ablation import PAIRED, compared
 from samlib.analysis.noise import COLUMNS, at_own_rho, beyond_chance
@@ -59,3 +59,46 @@ claim(**HERE, name="saner_beats_sam", every=True,
 def saner_needs_checkpoint2(results: Results) -> Iterator[Finding]:
     yield from on_flips(results, f"shuffled-{SANER}", "memorized", below=0)
     yield from on_flips(results, f"shuffled-{SANER}", "test_accuracy", above=0)
+
+
+@claim(
+    **HERE, document=ASKED, quote="SAM's gain on flipped labels is more than a shorter training gives SGD",
+    rule="test accuracy, SAM at its ρ minus SGD of its number of epochs, as many or fewer, both best on held-out "
+    "training images, paired by seed (added after the first numbers): the interval lies above zero",
+)  # fmt: skip
+def sam_beats_shorter_sgd(results: Results) -> Iterator[Finding]:
+    for where, found in by_setting(against_shorter_sgd(results, "sam").query("noise_fraction > 0")):
+        yield Finding(where, found, decide(found, above=0), what="SAM − SGD of its best length")
+
+
+def says_at_equal(name: str, quote: str, rule: str, pairs: Iterable[tuple[str, str]]) -> None:
+    """The claim that the first of each pair is further above SGD that memorizes as much (SGD itself: by zero) than the
+    second; no finding where no SGD does."""
+
+    def findings(results: Results) -> Iterator[Finding]:
+        for a, b in pairs:
+            for where, found in by_setting(pairs_at_equal(results, a, b, "test_at_equal")):
+                if found.n:
+                    yield Finding(where, found, decide(found, above=0), what=f"{mix_name(a)} − {mix_name(b)}")
+
+    rule += ", of how far its test accuracy is above that of SGD of fewer epochs which memorizes as many flips (made "
+    rule += "after the first numbers): above zero"
+    claim(**HERE, document=ASKED, name=name, quote=quote, rule=rule)(findings)
+
+
+# fmt: off
+says_at_equal("fits_clean_labels_first",
+              "SAM fits the clean labels before the flipped ones (Baek et al., arXiv 2405.03676, in our words)",
+              "SAM, and SAM at SGD's length, minus SGD",
+              [("sam", "sgd"), ("rescaled-sam", "sgd")])
+says_at_equal("sizes_fit_clean_labels_first", "SAM's sizes fit the clean labels first, not its signs",
+              "SAM's sizes with SGD's signs, minus SGD and minus SGD's sizes with SAM's signs",
+              [("magnitude", "sgd"), ("magnitude", "direction")])
+says_at_equal("checkpoint1_fits_clean_labels_first", "Of the four checkpoints it is 1 that fits the clean labels first",
+              "checkpoint 1 alone, minus SGD and minus 2, 3 and 4 alone",
+              [("checkpoint1", b) for b in ("sgd", "checkpoint2", "checkpoint3", "checkpoint4")])
+says_at_equal("which_parameters_fit_clean_labels_first",
+              "It counts which parameters a checkpoint holds, not how many, for the clean labels to be fitted first",
+              "checkpoint 1, 1+3+4 and SANER, minus those with checkpoints shuffled in each layer",
+              [(mix, f"shuffled-{mix}") for mix in ("checkpoint1", "checkpoint134", SANER)])
+# fmt: on

@@ -23,6 +23,7 @@ from samlib.analysis.results import (
 from samlib.analysis.stats import expected_by_chance
 
 TITLES = {"test_accuracy": "test accuracy", "memorized": "flips memorized", "eval_train_accuracy": "training accuracy"}
+TITLES |= {"fits_at_equal": "clean labels fitted", "test_at_equal": "test accuracy"}
 TITLES |= {name: textwrap.fill(f"sharpness, {name}", 24) for name in SHARPNESS}
 
 
@@ -127,20 +128,21 @@ def over_rho(
 
 def labels_fitted(results: Results, grids: Grids) -> Figure:
     """Against the flips that it memorizes, a point a run at any ρ: its test accuracy, and how many of the clean labels
-    it fits, (training accuracy − flipped · memorized) / (1 − flipped). Raises NotMeasured where no label is flipped."""
-    runs = trainings(results.runs(grids)).query("status == 'done' and noise_fraction > 0")
-    if runs.empty:
-        raise NotMeasured("no finished run has flipped labels")
-    runs = runs.astype({"memorized": float, "eval_train_accuracy": float, "test_accuracy": float})
-    flipped = runs.flipped / runs.train_images
-    fits = (runs.eval_train_accuracy - flipped * runs.memorized) / (1 - flipped)
+    it fits (see `ablation.fitted`). SGD's runs of all lengths are joined by a line a seed."""
+    rows = trainings(ablation.fitted(results, grids))
+    rows = rows[(rows.status == "done") & rows.fits.notna()]
+    longest = rows.epochs == rows.epochs.max()
     drawn, [row] = figures.figure(1, 2, height=4.6)
-    panels = {"test accuracy, %": runs.test_accuracy, "clean labels fitted, %": fits}
+    panels = {"test accuracy, %": "test_accuracy", "clean labels fitted, %": "fits"}
     for axes, (title, y) in zip(row, panels.items(), strict=True):
-        for mix in in_order(runs.mix):
-            of = runs.mix == mix
-            axes.plot(100 * runs.memorized[of], 100 * y[of], **look(mix, linestyle="", markeredgewidth=0.8))
+        for mix in in_order(rows.mix):
+            of = rows[(rows.mix == mix) & longest]
+            axes.plot(100 * of.memorized, 100 * of[y], **look(mix, linestyle="", markeredgewidth=0.8))
+        style = look("sgd", markerfacecolor="white", label="SGD of fewer epochs", linewidth=0.7)
+        for _, of in rows[rows.mix == "sgd"].sort_values("epochs").groupby(["seed", "data_seed"], dropna=False):
+            axes.plot(100 * of.memorized, 100 * of[y], zorder=1, **style)
         axes.set(title=title, xlabel="flips memorized, %")
     figures.legend(drawn, columns=4)
     alt = "Test accuracy, and the share of the clean labels that is fitted, against flips memorized: a point a run."
-    return figures.describe(drawn, alt, results.caption(runs=runs, note="a point a run, of every update and ρ"))
+    note = "a point a run at its end, of every update and ρ; lines: SGD of fewer epochs and of as many, of one seed"
+    return figures.describe(drawn, alt, results.caption(runs=rows, note=note))

@@ -28,6 +28,7 @@ COUNTED = dict.fromkeys(("test_accuracy", "stopped_test_accuracy", "gap"), "test
 COUNTED |= dict.fromkeys(("train_accuracy", "eval_train_accuracy"), "train_images")
 COUNTED |= {"validation_accuracy": "validation_images"}
 COUNTED |= dict.fromkeys(("memorized", "corrected", "memorized_chance"), "flipped")
+SHARES = (*COUNTED, "fits_at_equal", "test_at_equal")  # the last two: of ablation.at_equal
 SHARPNESS = ("random directions", "random directions, normalized logits", "ascent", "ascent, normalized logits")
 LOSSES = ("eval_train_loss", "validation_loss", "test_loss")
 NATS = (*LOSSES, *SHARPNESS, "value")  # a column `value` is of Results.sharpness
@@ -221,7 +222,7 @@ def pairs(frame: pd.DataFrame, a: Any, b: Any, value: str = "test_accuracy", but
     free = {*but, *kinds[0], *kinds[1]}
     free |= {"mix_warmup"} if "mix" in free else set()
     free |= {"rho"} if any(len(side) and (side.mix == "sgd").all() for side in sides) else set()
-    keys = [_keys(side, free) for side in sides]
+    keys = [configurations(side, free) for side in sides]
     if keys[1].has_duplicates:
         raise ValueError(f"{kinds[0]} has several partners {kinds[1]}: `but` holds too much")
     there = keys[0].isin(keys[1])
@@ -235,12 +236,12 @@ def pairs(frame: pd.DataFrame, a: Any, b: Any, value: str = "test_accuracy", but
 def trainings(frame: pd.DataFrame) -> pd.DataFrame:
     """One row a training: of runs that differ in what they measure alone, or of SGD's in a ρ that it does not use, the
     first that is finished. A study may train the same thing twice, and that is no second run."""
-    keys = pd.Series(_keys(frame.assign(rho=frame.rho.mask(frame.mix == "sgd")), set()))
+    keys = pd.Series(configurations(frame.assign(rho=frame.rho.mask(frame.mix == "sgd")), set()))
     first = ~keys.iloc[np.argsort(frame.status.eq("missing"), kind="stable")].duplicated()
     return frame[first.sort_index().to_numpy()]
 
 
-def _keys(frame: pd.DataFrame, free: set[str]) -> pd.Index:
+def configurations(frame: pd.DataFrame, free: set[str]) -> pd.Index:
     """All of the configuration but `free` and MEASURED, and ALSO where the frame has it, as one text a row."""
     names = [name for name in (*RunConfig.model_fields, *ALSO) if name in frame and name not in {*free, *MEASURED}]
     return pd.Index([str(key) for key in frame[names].to_numpy(dtype=object).tolist()], dtype=object)
@@ -253,9 +254,9 @@ def estimates(frame: pd.DataFrame, value: str, by: Sequence[str]) -> pd.Series:
     would have a seed twice: what else its rows differ in is no noise.
     """
     of = frame["value"].iloc[0] if value in ("difference", "a", "b") and len(frame) else value
-    signed, share = value == "difference", of in COUNTED
+    signed, share = value == "difference", of in SHARES
     unit = "points" if share and signed else "%" if share else "nats" if of in NATS else ""
-    if share and "resolution" not in frame:
+    if of in COUNTED and "resolution" not in frame:
         frame = frame.assign(resolution=1 / frame[COUNTED[of]].where(lambda n: n > 0))
     found = {}
     for key, part in frame.groupby(list(by), sort=True, dropna=False):
