@@ -23,7 +23,7 @@ from samlib.study import Study, relative
 STUDIES = {"quick": "studies/quick.yaml", "laptop": "studies/laptop/*.yaml", "paper": "studies/paper/*.yaml"}
 # The claims of the README's table, at most ten.
 HEADLINES = (
-    "sam_beats_sgd", "sam_beats_sgd_at_equal_cost", "gain_grows_with_noise", "over_60_percent_in_checkpoint1",
+    "sam_beats_sgd", "sam_beats_shorter_sgd", "gain_grows_with_noise", "over_60_percent_in_checkpoint1",
     "flatter_and_better", "checkpoint1_contributes_most", "learning_rate_not_direction", "step_length_alone",
     "checkpoint2_carries_the_flips", "saner_needs_checkpoint2",
 )  # fmt: skip
