@@ -24,6 +24,7 @@ REGIMES = {"seed": list(SEEDS), "data_fraction": list(SIZES), "noise_fraction": 
 GRIDS = {
     "regimes": REGIMES | {"arm": ARMS},
     "twice": REGIMES | {"mix": "sgd", "epochs": 20},
+    "shorter": {"seed": list(SEEDS), "noise_fraction": 0.4, "mix": "sgd", "epochs": [2, 4, 6]},
     "sweep": {"seed": list(SEEDS), "noise_fraction": 0.4, "mix": "sam", "rho": [0.05, 0.1, 0.2]},
     "augmented": {"seed": list(SEEDS), "augment": True, "noise_fraction": 0.4, "arm": ARMS[:2]},
     "batch": {
@@ -39,7 +40,8 @@ def numbers(c) -> dict:
     gain = (0.02 + 0.01 * c.seed if c.noise_fraction else 0.01) * (1 if c.data_fraction < 1 else 0.5)
     gain = (c.mix != "sgd") * gain + 0.3 * (c.mix == "sam" and c.rho == 0.2) + 0.005 * (c.epochs == 20)
     test = 0.5 + 0.003 * c.seed + gain + 0.02 * c.augment - 0.05 * (c.batch_size == 256) + 0.03 * (c.lr == 0.2)
-    held = 0.6 if (c.mix, c.rho) == ("sam", 0.1) else 0.5
+    test += {2: 0.4, 4: 0.002, 6: 0.1}.get(c.epochs, 0)  # held-out images choose 4 epochs, the test set would choose 2
+    held = {2: 0.51, 4: 0.55, 6: 0.53}.get(c.epochs, 0.6 if (c.mix, c.rho) == ("sam", 0.1) else 0.5)
     flips = {"memorized": 0.9 - 10 * gain, "corrected": 0.05, "memorized_chance": 0.1, "flipped": 200}
     return {
         "test_accuracy": test, "validation_accuracy": held, "stopped_test_accuracy": test + 0.01 * (c.mix == "sgd"),
@@ -117,6 +119,25 @@ def test_sgd_stopped_early_or_trained_twice_as_long_is_paired_with_the_same_run_
         assert row["SGD stopped early"].value == pytest.approx(mean - 0.01)
         assert row["both stopped early"].value == pytest.approx(mean - 0.01)
         assert row["SGD of twice the epochs"].value == pytest.approx(mean - 0.005)
+
+
+def test_sgds_number_of_epochs_is_chosen_on_held_out_images_never_on_the_test_set(results, tmp_path):
+    sgd = regimes.shorter(results)
+    assert set(sgd.epochs) == {4} and len(sgd) == len(SEEDS) and set(sgd.data_fraction) == {1.0}
+    table = regimes.rivals(results)["SGD of fewer epochs"]
+    last = by_loop(results, "sam", *(2 * [lambda c: numbers(c)["test_accuracy"]]))
+    assert table[1.0, 0.4, "SAM − SGD"].value == pytest.approx(last[1.0, 0.4][1] - 0.002)
+    assert not any(table[size, noise, "SAM − SGD"].n for size, noise in last if (size, noise) != (1.0, 0.4))
+    [claim] = [c for c in claims("05_data_regimes") if c.name == "sam_beats_shorter_sgd"]
+    assert [f.where for f in claim.findings(results)] == ["100 % of the data, 40 % flipped"]
+
+
+def test_a_long_sgd_that_is_best_on_held_out_images_is_its_own_shorter_one(tmp_path):
+    grids = {"regimes": GRIDS["regimes"], "shorter": GRIDS["shorter"]}
+    study = Study.load(write_study(tmp_path / "s.yaml", grids, BASE))
+    for config in study.configs():
+        write_run(tmp_path / "runs", config, **numbers(config) | {"validation_accuracy": config.epochs / 10})
+    assert set(regimes.shorter(load(study, tmp_path / "runs")).epochs) == {10}
 
 
 def test_the_interaction_is_a_difference_of_paired_gains(results):
@@ -253,19 +274,19 @@ def test_a_regime_in_which_one_mix_has_no_finished_run_is_empty_for_it_alone(roo
 
 
 def test_a_study_may_give_its_grids_other_names(root, tmp_path):
-    plain, roles = load(root / "s.yaml", root / "runs"), ("regimes", "twice", "sweep", "augmented", "batch")
+    plain, roles = load(root / "s.yaml", root / "runs"), tuple(GRIDS)
     path = write_study(tmp_path / "t.yaml", {f"my_{name}": GRIDS[name] for name in roles}, BASE)
     with pytest.raises(NotMeasured, match="no finished runs of a grid 'regimes'"):
         regimes.chosen(load(path, root / "runs"))
     named = [load(path, root / "runs", {role: f"my_{role}" for role in roles})]  # as the notebooks load it
-    one, two = ("05_data_regimes", ("twice", "sweep", "augmented")), ("07_large_batch", ())
+    one, two = ("05_data_regimes", ("twice", "shorter", "sweep", "augmented")), ("07_large_batch", ())
     read = [{"notebook": n, "grid": f"my_{g}", "parameters": {p: f"my_{p}" for p in of}}
             for (n, of), g in zip((one, two), ("regimes", "batch"), strict=True)]  # fmt: skip
     path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"notebooks": read}))
     for results in [*named, load(path, root / "runs")]:
         for name in ("05_data_regimes", "07_large_batch"):
             pd.testing.assert_frame_equal(ledger(results, name), ledger(plain, name))
-        assert figures_regimes.sweep(results) and len(regimes.rivals(results).columns) == 4
+        assert figures_regimes.sweep(results) and len(regimes.rivals(results).columns) == 5
     assert "SGD of twice the epochs" not in regimes.rivals(
         load(path, root / "runs", {"regimes": "my_regimes", "twice": ""})
     )

@@ -9,11 +9,9 @@ import pandas as pd
 
 from samlib import PROJECT
 from samlib.analysis.results import (
-    REGIME,
     Grids,
     NotMeasured,
     Results,
-    at_chosen_rho,
     chosen_rho,
     configurations,
     estimates,
@@ -79,23 +77,6 @@ def at_equal(results: Results, grid: Grids = None) -> pd.DataFrame:
 def pairs_at_equal(results: Results, a: str, b: str, value: str, grid: Grids = None) -> pd.DataFrame:
     """`pairs` of one of AT_EQUAL; SGD's own is zero."""
     return pairs(at_equal(results, grid), a, b, value)
-
-
-def against_shorter_sgd(results: Results, mix: str, grid: Grids = None) -> pd.DataFrame:
-    """`pairs` of an update, at the ρ that is best on held-out images, and SGD of the number of epochs, as many or
-    fewer, that is best there, over the seeds that all numbers have. Raises NotMeasured where SGD has one number."""
-    rows, found = at_chosen_rho(trainings(results.planned(grid)), (*REGIME, "augment")), []
-    keys = configurations(rows, {"mix", "mix_warmup", "rho", "epochs", "seed", "data_seed"})
-    for _, alike in rows.groupby(keys):
-        others, sgd = alike[alike.mix == mix], alike[(alike.mix == "sgd") & alike.validation_accuracy.notna()]
-        for epochs, longest in others.groupby("epochs"):
-            held_out = sgd[sgd.epochs <= epochs].pivot_table("validation_accuracy", "seed", "epochs").dropna()
-            if held_out.shape[1] > 1 and len(held_out):
-                best = sgd[sgd.epochs == held_out.mean().idxmax()]
-                found.append(pairs(pd.concat([longest, best]), mix, "sgd", but=("epochs",)))
-    if not found:
-        raise NotMeasured("SGD was trained for one number of epochs")
-    return pd.concat(found)
 
 
 def differences(results: Results, value: str, grid: Grids = None, baseline: str = "sgd") -> pd.Series:

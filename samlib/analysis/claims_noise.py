@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from functools import partial
 
-from samlib.analysis.ablation import against_shorter_sgd, by_setting, pairs_at_equal
+from samlib.analysis.ablation import by_setting, pairs_at_equal
 from samlib.analysis.claim import ASKED, Finding, claim
 from samlib.analysis.claims_ablation import PAIRED, compared
 from samlib.analysis.noise import COLUMNS, at_own_rho, beyond_chance
@@ -59,16 +59,6 @@ claim(**HERE, name="saner_beats_sam", every=True,
 def saner_needs_checkpoint2(results: Results) -> Iterator[Finding]:
     yield from on_flips(results, f"shuffled-{SANER}", "memorized", below=0)
     yield from on_flips(results, f"shuffled-{SANER}", "test_accuracy", above=0)
-
-
-@claim(
-    **HERE, document=ASKED, quote="SAM's gain on flipped labels is more than a shorter training gives SGD",
-    rule="test accuracy, SAM at its ρ minus SGD of its number of epochs, as many or fewer, both best on held-out "
-    "training images, paired by seed (added after the first numbers): the interval lies above zero",
-)  # fmt: skip
-def sam_beats_shorter_sgd(results: Results) -> Iterator[Finding]:
-    for where, found in by_setting(against_shorter_sgd(results, "sam").query("noise_fraction > 0")):
-        yield Finding(where, found, decide(found, above=0), what="SAM − SGD of its best length")
 
 
 def says_at_equal(name: str, quote: str, rule: str, pairs: Iterable[tuple[str, str]]) -> None:

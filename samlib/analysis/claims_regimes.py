@@ -125,6 +125,10 @@ each("sam_beats_sgd_at_equal_cost", "SAM improves generalization efficiently (in
 each("sam_beats_sgd_stopped_early", "SAM's gain is more than early stopping gives SGD",
      "test accuracy, SAM's last epoch minus SGD's epoch that is best on held-out training images, paired by seed: "
      + ABOVE, over("SGD stopped early"), ASKED, above=0)  # fmt: skip
+each("sam_beats_shorter_sgd", "SAM's gain is more than a shorter training gives SGD",
+     "test accuracy, SAM minus SGD of its number of epochs, as many or fewer, that is best on held-out training "
+     f"images, paired by seed (added after the first numbers): {ABOVE}",
+     over("SGD of fewer epochs"), ASKED, above=0)  # fmt: skip
 each("sam_beats_sgd_with_augmentation", "SAM beats SGD with the document's augmentation as well",
      f"{GAIN}, crops and flips as in the document, each regime: {ABOVE}", augmented, ASKED, above=0)  # fmt: skip
 claim(

@@ -77,14 +77,14 @@ def heatmap(results: Results) -> Figure:
 
 
 def rivals(results: Results) -> Figure:
-    """Each mix's gain over SGD, over SGD stopped early and over SGD of twice the epochs, in each regime."""
+    """Each mix's gain over SGD, over SGD stopped early, of fewer epochs and of twice as many, in each regime."""
     table = regimes.rivals(results)
     names = list(dict.fromkeys(table.index.get_level_values("difference")))
     cells = sorted({key[:2] for key in table.index}, reverse=True)
     drawn, axes = figure(1, len(names), 1.4 + 0.55 * len(cells), sharex=True, sharey=True)
     for panel, name in zip(axes[0], names, strict=True):
         panel.axvline(0, color=GREY, linewidth=1)
-        for k, (rival, marker) in enumerate(zip(table, "os^D", strict=False)):
+        for k, (rival, marker) in enumerate(zip(table, "os^vD", strict=False)):
             found = [table[rival].get((*cell, name), Estimate()) for cell in cells]
             value, half = 100 * np.array([(e.value, e.half) for e in found]).T
             style = {"fmt": marker, "color": f"C{k}", "label": rival, "markersize": 5, "linewidth": 1.2, "capsize": 2}
@@ -95,8 +95,8 @@ def rivals(results: Results) -> Figure:
         panel.set_yticklabels([setting_name(*cell) for cell in cells])
         panel.set_title(name)
     legend(drawn)
-    alt = f"{' and '.join(names)} in test accuracy at the end, and against SGD stopped early or trained twice as long."
-    note = f"early stopping: at the epoch that is best on held-out training images. {CHOSEN}"
+    alt = f"{' and '.join(names)} at the end, and against SGD stopped early, or trained shorter or twice as long."
+    note = f"when it stops, and how many epochs are fewer: best on held-out training images. {CHOSEN}"
     return describe(drawn, alt, results.caption(runs=finished(regimes.chosen(results)), note=note))
 
 
@@ -153,7 +153,7 @@ def batches(results: Results) -> Figure:
     for title, (rows, value) in panels.items():
         panels[title] = []
         for k, ((size, lr), part) in enumerate(rows.groupby(by)):
-            style = {"color": f"C{k}", "linestyle": ("-", "--", "-.", ":")[k % 4], "marker": "os^D"[k % 4]}
+            style = {"color": f"C{k}", "linestyle": ("-", "--", "-.", ":")[k % 4], "marker": "os^vD"[k % 4]}
             panels[title].append((part, value, style | {"label": f"batch {size}, rate {lr:g}", "markersize": 4}))
     alt = "Training loss, gradient norm and test accuracy over the epochs. A line a batch size and learning rate."
     return lines(results, panels, "epoch", "epoch", alt, scale=1, sharey=False, ylim=(0, None))

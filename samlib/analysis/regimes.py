@@ -1,8 +1,8 @@
 """The first document's tables, by data fraction and label noise, and Experiment 4's large batches.
 
-They read a study's grids by role (see `grid`): "regimes", "twice" (SGD, twice the epochs), "sweep" or "rho",
-"augmented", "batch". Where "regimes" has a mix at several ρ, each regime's is the one that is best on its held-out
-training images.
+They read a study's grids by role (see `grid`): "regimes", "twice" (SGD, twice the epochs), "shorter" (SGD, fewer),
+"sweep" or "rho", "augmented", "batch". Where "regimes" has a mix at several ρ, each regime's is the one that is best on
+its held-out training images.
 """
 
 from collections.abc import Iterator, Sequence
@@ -101,16 +101,32 @@ def interaction(results: Results, over: str) -> pd.Series:
     return estimates(rest.assign(difference=rest.difference - plain), "difference", REGIME)
 
 
+def shorter(results: Results) -> pd.DataFrame:
+    """SGD's runs of that number of epochs, as many as the others' or fewer, which is best on held-out images in their
+    regime, over the seeds that all numbers have. Unlike a long run that is stopped, each ends with its learning rate at
+    zero. Raises NotMeasured where SGD has one number of epochs in every regime."""
+    runs, found = pd.concat([chosen(results), results.planned(grid(results, "shorter"))]), []
+    for _, sgd in trainings(runs[runs.mix == "sgd"]).groupby(list(REGIME)):
+        held_out = sgd.pivot_table("validation_accuracy", "seed", "epochs").dropna()
+        if held_out.shape[1] > 1 and len(held_out):
+            found.append(sgd[sgd.epochs == held_out.mean().idxmax()])
+    if not found:
+        raise NotMeasured(f"in each regime SGD of {results.study.title!r} has one number of epochs")
+    return pd.concat(found)
+
+
 @once
 def rivals(results: Results) -> pd.DataFrame:
-    """Each mix's gain beside what cheaper means give SGD: stopping where it is best on held-out images, or twice the
-    epochs, which is as many gradient evaluations."""
+    """Each mix's gain beside what cheaper means give SGD: stopping where it is best on held-out images, fewer epochs,
+    or twice as many, which is as many gradient evaluations."""
     runs = chosen(results)
     sgd, stopped = runs.mix == "sgd", runs.stopped_test_accuracy
     tables = {"last epoch": gains(runs)}
     if stopped.notna().any():
         tables["SGD stopped early"] = gains(runs.assign(test_accuracy=stopped.where(sgd, runs.test_accuracy)))
         tables["both stopped early"] = gains(runs.assign(test_accuracy=stopped))
+    with suppress(NotMeasured):
+        tables["SGD of fewer epochs"] = gains(pd.concat([runs[~sgd], shorter(results)]), but=("epochs",))
     with suppress(NotMeasured):
         longer = results.planned(grid(results, "twice"))
         tables["SGD of twice the epochs"] = gains(pd.concat([runs[~sgd], longer[longer.mix == "sgd"]]), but=("epochs",))
