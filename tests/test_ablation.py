@@ -232,7 +232,7 @@ def of_lengths(folder, found: dict[str, list[tuple[float, float, float]]]):
     study = Study.load(write_study(folder / "s.yaml", grids, BASE))
     for config in study.configs():
         memorized, fits, test = found[config.mix][10 - config.epochs]
-        test -= 0.01 * config.seed
+        memorized, fits, test = memorized * (1 - config.seed / 2), fits - 0.1 * config.seed, test - 0.01 * config.seed
         facts = {"flipped": 200, "train_images": 500, "memorized": memorized, "test_accuracy": test}
         facts |= {"eval_train_accuracy": 0.4 * memorized + 0.6 * fits}
         write_run(folder / "runs", config, **facts)
@@ -258,6 +258,24 @@ def test_an_update_is_compared_with_sgd_that_memorizes_as_much(tmp_path):
     assert [mix for mix, _ in ablation.at_equal_table(results).index] == ["sam", "checkpoint1"]
     labels = figures_ablation.dots(results, list(ablation.AT_EQUAL), "ablation", True).axes[0].get_yticklabels()
     assert [label.get_text() for label in labels] == ["SAM", "checkpoint 1"]
+
+
+def test_sgd_of_two_lengths_that_memorizes_as_much_is_its_mean_there(tmp_path):
+    lengths = [(0.8, 1.0, 0.2), (0.8, 0.9, 0.4), (0.2, 0.5, 0.3)]
+    results = of_lengths(tmp_path, {"sgd": lengths, "sam": [(0.8, 1.0, 0.5)], "checkpoint1": [(0.5, 1.0, 0.5)]})
+    rows = ablation.at_equal(results).query("seed == 0 and epochs == 10").set_index("mix").test_at_equal
+    assert (rows["sam"], rows["checkpoint1"]) == (pytest.approx(0.5 - 0.3), pytest.approx(0.5 - 0.3))
+
+
+def test_a_line_of_sgds_lengths_joins_runs_of_one_setting(tmp_path):
+    grids = {"ablation": [{"noise_fraction": noise, "mix": "sgd", "epochs": [5, 10]} for noise in (0.2, 0.4)]}
+    study = Study.load(write_study(tmp_path / "s.yaml", grids, BASE))
+    for config in study.configs():
+        numbers = {"memorized": config.noise_fraction * config.epochs / 10, "test_accuracy": 0.5}
+        write_run(tmp_path / "runs", config, **numbers, flipped=100, eval_train_accuracy=0.9)
+    left, _ = figures_ablation.labels_fitted(load(study, tmp_path / "runs"), "ablation").axes
+    lines = [line.get_xdata().tolist() for line in left.lines if line.get_label() == "SGD of fewer epochs"]
+    assert sorted(lines) == [pytest.approx([10, 20]), pytest.approx([20, 40])]
 
 
 def test_sgd_of_more_epochs_is_no_partner_at_equal_memorization(tmp_path):

@@ -132,6 +132,25 @@ def test_sgds_number_of_epochs_is_chosen_on_held_out_images_never_on_the_test_se
     assert [f.where for f in claim.findings(results)] == ["100 % of the data, 40 % flipped"]
 
 
+def test_a_number_of_epochs_that_one_seed_lacks_is_chosen_on_the_others_and_one_that_diverged_never(tmp_path):
+    grids = {"regimes": GRIDS["regimes"], "shorter": GRIDS["shorter"]}
+    study = Study.load(write_study(tmp_path / "s.yaml", grids, BASE))
+    for config in study.configs():
+        held = {2: 0.9, 4: 0.6 if config.seed else 0.1, 6: 0.5}.get(config.epochs, 0.3)
+        if (config.epochs, config.seed) != (6, 0):
+            status = "diverged" if (config.epochs, config.seed) == (2, 1) else "done"
+            write_run(tmp_path / "runs", config, status=status, **numbers(config) | {"validation_accuracy": held})
+    assert set(regimes.shorter(load(study, tmp_path / "runs")).epochs) == {4}
+
+
+def test_sgd_of_more_epochs_than_the_regime_has_is_none_of_its_shorter_ones(tmp_path):
+    grids = {"regimes": GRIDS["regimes"], "shorter": GRIDS["shorter"] | {"epochs": [6, 20]}}
+    study = Study.load(write_study(tmp_path / "s.yaml", grids, BASE))
+    for config in study.configs():
+        write_run(tmp_path / "runs", config, **numbers(config) | {"validation_accuracy": config.epochs / 20})
+    assert set(regimes.shorter(load(study, tmp_path / "runs")).epochs) == {10}
+
+
 def test_a_long_sgd_that_is_best_on_held_out_images_is_its_own_shorter_one(tmp_path):
     grids = {"regimes": GRIDS["regimes"], "shorter": GRIDS["shorter"]}
     study = Study.load(write_study(tmp_path / "s.yaml", grids, BASE))

@@ -63,9 +63,9 @@ def at_equal(results: Results, grid: Grids = None) -> pd.DataFrame:
     rows = fitted(results, grid).assign(**dict.fromkeys(AT_EQUAL, np.nan))
     keys, known = configurations(rows, {"mix", "mix_warmup", "rho", "epochs"}), rows.fits.notna()
     for _, alike in rows[known].groupby(keys[known]):
-        sgd = alike[alike.mix == "sgd"].drop_duplicates("epochs").sort_values("memorized")
+        sgd = alike[alike.mix == "sgd"].drop_duplicates("epochs")
         for run, row in alike.iterrows():
-            curve = sgd[sgd.epochs <= row.epochs]
+            curve = sgd[sgd.epochs <= row.epochs].groupby("memorized", as_index=False)[[*AT_EQUAL.values()]].mean()
             for name, column in AT_EQUAL.items() if len(curve) > 1 else ():
                 as_much = np.interp(row.memorized, curve.memorized, curve[column], np.nan, np.nan)
                 rows.loc[run, name] = row[column] - as_much

@@ -14,6 +14,7 @@ from samlib.analysis.results import (
     Grids,
     NotMeasured,
     Results,
+    configurations,
     estimates,
     in_order,
     mix_name,
@@ -131,7 +132,8 @@ def labels_fitted(results: Results, grids: Grids) -> Figure:
     it fits (see `ablation.fitted`). SGD's runs of all lengths are joined by a line a seed."""
     rows = trainings(ablation.fitted(results, grids))
     rows = rows[(rows.status == "done") & rows.fits.notna()]
-    longest = rows.epochs == rows.epochs.max()
+    alike = configurations(rows, {"mix", "mix_warmup", "rho", "epochs"})
+    longest = rows.epochs == rows.epochs.groupby(alike).transform("max")
     drawn, [row] = figures.figure(1, 2, height=4.6)
     panels = {"test accuracy, %": "test_accuracy", "clean labels fitted, %": "fits"}
     for axes, (title, y) in zip(row, panels.items(), strict=True):
@@ -139,7 +141,8 @@ def labels_fitted(results: Results, grids: Grids) -> Figure:
             of = rows[(rows.mix == mix) & longest]
             axes.plot(100 * of.memorized, 100 * of[y], **look(mix, linestyle="", markeredgewidth=0.8))
         style = look("sgd", markerfacecolor="white", label="SGD of fewer epochs", linewidth=0.7)
-        for _, of in rows[rows.mix == "sgd"].sort_values("epochs").groupby(["seed", "data_seed"], dropna=False):
+        for _, of in rows.sort_values("epochs").groupby(alike):
+            of = of[of.mix == "sgd"]
             axes.plot(100 * of.memorized, 100 * of[y], zorder=1, **style)
         axes.set(title=title, xlabel="flips memorized, %")
     figures.legend(drawn, columns=4)

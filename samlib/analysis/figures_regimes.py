@@ -96,7 +96,12 @@ def rivals(results: Results) -> Figure:
         panel.set_title(name)
     legend(drawn)
     alt = f"{' and '.join(names)} at the end, and against SGD stopped early, or trained shorter or twice as long."
-    note = f"when it stops, and how many epochs are fewer: best on held-out training images. {CHOSEN}"
+    note = "when it stops: best on held-out training images"
+    if "SGD of fewer epochs" in table:
+        number = regimes.shorter(results).groupby(list(REGIME)).epochs.first()
+        note += ", as is the number of fewer epochs: "
+        note += "; ".join(f"{epochs} ({setting_name(*regime)})" for regime, epochs in number.items())
+    note += f". {CHOSEN}"
     return describe(drawn, alt, results.caption(runs=finished(regimes.chosen(results)), note=note))
 
 
@@ -156,4 +161,7 @@ def batches(results: Results) -> Figure:
             style = {"color": f"C{k}", "linestyle": ("-", "--", "-.", ":")[k % 4], "marker": "os^vD"[k % 4]}
             panels[title].append((part, value, style | {"label": f"batch {size}, rate {lr:g}", "markersize": 4}))
     alt = "Training loss, gradient norm and test accuracy over the epochs. A line a batch size and learning rate."
-    return lines(results, panels, "epoch", "epoch", alt, scale=1, sharey=False, ylim=(0, None))
+    drawn = lines(results, panels, "epoch", "epoch", alt, scale=1, sharey=False)
+    for axes in drawn.axes[::2]:  # accuracies are far from zero, and near each other
+        axes.set_ylim(bottom=0)
+    return drawn

@@ -18,6 +18,7 @@ from samlib.analysis.results import (
     at_chosen_rho,
     chosen_rho,
     estimates,
+    held_out,
     in_order,
     mix_name,
     mix_order,
@@ -102,14 +103,16 @@ def interaction(results: Results, over: str) -> pd.Series:
 
 
 def shorter(results: Results) -> pd.DataFrame:
-    """SGD's runs of that number of epochs, as many as the others' or fewer, which is best on held-out images in their
-    regime, over the seeds that all numbers have. Unlike a long run that is stopped, each ends with its learning rate at
-    zero. Raises NotMeasured where SGD has one number of epochs in every regime."""
-    runs, found = pd.concat([chosen(results), results.planned(grid(results, "shorter"))]), []
-    for _, sgd in trainings(runs[runs.mix == "sgd"]).groupby(list(REGIME)):
-        held_out = sgd.pivot_table("validation_accuracy", "seed", "epochs").dropna()
-        if held_out.shape[1] > 1 and len(held_out):
-            found.append(sgd[sgd.epochs == held_out.mean().idxmax()])
+    """SGD's runs of that number of epochs, as many as the regime's own or fewer, which is best on held-out images, over
+    the seeds that all numbers have. Unlike a long run that is stopped, each ends with its learning rate at zero. Raises
+    NotMeasured where SGD has one number of epochs in every regime."""
+    own, found = chosen(results), []
+    longest = own[own.mix == "sgd"].groupby(list(REGIME)).epochs.max()
+    for regime, runs in pd.concat([own, results.planned(grid(results, "shorter"))]).groupby(list(REGIME)):
+        sgd = trainings(runs[(runs.mix == "sgd") & (runs.epochs <= longest.get(regime, 0))])
+        accuracies = held_out(sgd, "sgd", "epochs").mean()
+        if len(accuracies) > 1:
+            found.append(sgd[sgd.epochs == accuracies.idxmax()])
     if not found:
         raise NotMeasured(f"in each regime SGD of {results.study.title!r} has one number of epochs")
     return pd.concat(found)

@@ -283,12 +283,12 @@ def chosen_rho(runs: pd.DataFrame, mix: str = "sam") -> float:
     return float(rhos[0]) if len(rhos) == 1 else float(means.idxmax()) if len(means) else np.nan
 
 
-def held_out(runs: pd.DataFrame, mix: str) -> pd.DataFrame:
-    """Accuracies of a mix on held-out training images, a row a seed and a column a ρ: of the seeds that all ρ have, or
-    of all where they have none in common. A ρ of which a run diverged is none."""
+def held_out(runs: pd.DataFrame, mix: str, over: str = "rho") -> pd.DataFrame:
+    """Accuracies of a mix on held-out training images, a row a seed and a column a ρ (or another field): of the seeds
+    that all ρ have, or of all where they have none in common. A ρ of which a run diverged is none."""
     runs = runs[(runs.mix == mix) & (runs.status != "missing")]
-    runs = runs[~runs.rho.isin(runs.rho[runs.status == "diverged"])]
-    found = runs.assign(of=runs.validation_accuracy.astype(float)).pivot_table("of", "seed", "rho")
+    runs = runs[~runs[over].isin(runs[over][runs.status == "diverged"])]
+    found = runs.assign(of=runs.validation_accuracy.astype(float)).pivot_table("of", "seed", over)
     shared = found.dropna()
     return shared if len(shared) else found
 
