@@ -26,10 +26,10 @@ GAIN = {"sam": 0.1, "checkpoint1": 0.095, "checkpoint2": 0.01, "magnitude": 0.09
 SHARP = {"sgd": 1.0, "sam": 0.5, "checkpoint1": 0.55}
 
 
-def number(config) -> float:
+def number(config, gain=GAIN) -> float:
     """By hand: SGD 0.6 and less by seed; a mix's gain, more by seed, most at ρ = 0.2."""
     spread = 0.001 * config.seed * (config.mix != "sgd")
-    return 0.6 - 0.02 * config.seed + GAIN.get(config.mix, 0.0) + spread - 0.1 * abs(config.rho - 0.2)
+    return 0.6 - 0.02 * config.seed + gain.get(config.mix, 0.0) + spread - 0.1 * abs(config.rho - 0.2)
 
 
 def sharpness(config, level: float) -> list[dict]:
@@ -47,12 +47,13 @@ def sharpness(config, level: float) -> list[dict]:
     return rows
 
 
-def written(folder, grids=GRIDS, base=BASE, sharp=SHARP, only=lambda config: True):
+def written(folder, grids=GRIDS, base=BASE, sharp=SHARP, only=lambda config: True, gain=GAIN):
     study = Study.load(write_study(folder / "s.yaml", grids, base))
     for config in filter(only, study.configs()):
-        facts = {"test_accuracy": number(config), "eval_train_accuracy": 0.9, "validation_accuracy": number(config)}
+        accuracy = number(config, gain)
+        facts = {"test_accuracy": accuracy, "eval_train_accuracy": 0.9, "validation_accuracy": accuracy}
         facts |= {"flipped": 100 * (config.noise_fraction > 0), "memorized_chance": 0.1}
-        facts |= {"memorized": 0.5 - number(config) / 2}
+        facts |= {"memorized": 0.5 - accuracy / 2}
         tables = {"sharpness": sharpness(config, sharp.get(config.mix, 1.2))}
         write_run(folder / "runs", config, tables, **facts)
     return load(study, folder / "runs")
@@ -203,6 +204,19 @@ def test_an_interval_shows_at_a_point_whose_neighbours_have_one_run(tmp_path):
     assert len(drawn) == 1 and drawn[0][:, 1] == pytest.approx([100 * e.low, 100 * e.high])
 
 
+def test_an_update_far_from_all_others_is_a_number_at_the_edge(tmp_path):
+    results = written(tmp_path, only=lambda c: c.mix != "checkpoint2")
+    axes = figures_ablation.dots(results, PANELS[0], "ablation", True).axes[0]
+    assert not axes.texts
+    (tmp_path / "far").mkdir()
+    one = {"only": lambda c: c.mix != "checkpoint2" or c.seed == 0}  # of fewer than a tenth of the runs
+    far = written(tmp_path / "far", gain=GAIN | {"checkpoint2": -0.55}, **one)
+    axes = figures_ablation.dots(far, PANELS[0], "ablation", True).axes[0]
+    row = [label.get_text() for label in axes.get_yticklabels()].index("checkpoint 2 (n=1)")
+    assert [(text.get_text(), text.get_position()[1]) for text in axes.texts] == [(" ← -55", row)]
+    assert axes.get_xlim()[0] > -30
+
+
 def test_an_update_with_fewer_runs_says_so(tmp_path):
     results = written(tmp_path, only=lambda c: c.seed < 2 or c.mix != "checkpoint2")
     labels = figures_ablation.dots(results, PANELS[0], "ablation", True).axes[0].get_yticklabels()
@@ -268,7 +282,7 @@ def test_sgd_of_two_lengths_that_memorizes_as_much_is_its_mean_there(tmp_path):
 
 
 def test_a_line_of_sgds_lengths_joins_runs_of_one_setting(tmp_path):
-    grids = {"ablation": [{"noise_fraction": noise, "mix": "sgd", "epochs": [5, 10]} for noise in (0.2, 0.4)]}
+    grids = {"ablation": [{"noise_fraction": noise, "mix": "sgd", "epochs": [10, 5]} for noise in (0.2, 0.4)]}
     study = Study.load(write_study(tmp_path / "s.yaml", grids, BASE))
     for config in study.configs():
         numbers = {"memorized": config.noise_fraction * config.epochs / 10, "test_accuracy": 0.5}

@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from samlib.analysis import ablation, figures
-from samlib.analysis.figures import CHANCE, lines, look, rho_axis
+from samlib.analysis.figures import CHANCE, SMALLEST, lines, look, rho_axis
 from samlib.analysis.results import (
     SHARPNESS,
     Grids,
@@ -39,7 +39,7 @@ def dots(results: Results, values: Iterable[str], grid: Grids = None, minus_sgd:
     """A row an update, a panel a value: its level at one ρ, or at its own where it was trained at another alone, with
     what chance memorizes as a tick, or its difference to SGD; below it each seed's own. SAM's value is carried down as
     a line; n stands beside an update with fewer runs. Limits are around the seeds: an interval much wider than their
-    range is cut off."""
+    range is cut off, and an update far from all others stands at the edge as a number."""
     rho, panels = ablation.shown_rho(results, grid), {}
     for value in values:
         rows = ablation.paired(results, value, grid) if minus_sgd else trainings(results.of(value, grid))
@@ -66,12 +66,20 @@ def dots(results: Results, values: Iterable[str], grid: Grids = None, minus_sgd:
         if value == "memorized" and not minus_sgd:
             chance = 100 * rows.memorized_chance.astype(float).groupby(rows.mix).mean()
             axes.plot(chance, [mixes.index(mix) for mix in chance.index], "|", color=figures.GREY, markersize=12)
-        seeds = [scale * x for x in rows.shown] + [0] * minus_sgd
+        seeds = np.array([scale * x for x in rows.shown] + [0] * minus_sgd)
+        ends = np.quantile(seeds, [0.1, 0.9])
+        reach = 3 * np.ptp(ends) or np.inf
+        seeds = seeds[(seeds >= ends[0] - reach) & (seeds <= ends[1] + reach)]
         wide = 3 * scale * np.median([np.nan_to_num(e.half) for e in found])  # the frame cuts off only what is wider
         room, (low, high) = max(0.5 * np.ptp(seeds), wide) or 1.0, axes.get_xlim()
         if unit == "%":
             low, high = max(low, -2), min(high, 102)  # an interval may promise more than there is
-        axes.set_xlim(max(min(seeds) - room, low), min(max(seeds) + room, high))
+        low, high = axes.set_xlim(max(min(seeds) - room, low), min(max(seeds) + room, high))
+        for mix, e in found.items():
+            if not low <= scale * e.value <= high:
+                left = scale * e.value < low
+                edge, text = (low, f" ← {scale * e.value:+.0f}") if left else (high, f"{scale * e.value:+.0f} → ")
+                axes.text(edge, mixes.index(mix), text, ha="left" if left else "right", va="center", fontsize=SMALLEST)
         axes.set_title(TITLES[value])
         axes.set_xlabel(unit)
     runs = results.runs(grid)
@@ -132,7 +140,7 @@ def labels_fitted(results: Results, grids: Grids) -> Figure:
     it fits (see `ablation.fitted`). SGD's runs of all lengths are joined by a line a seed."""
     rows = trainings(ablation.fitted(results, grids))
     rows = rows[(rows.status == "done") & rows.fits.notna()]
-    alike = configurations(rows, {"mix", "mix_warmup", "rho", "epochs"})
+    alike = pd.Series(configurations(rows, {"mix", "mix_warmup", "rho", "epochs"}), rows.index)
     longest = rows.epochs == rows.epochs.groupby(alike).transform("max")
     drawn, [row] = figures.figure(1, 2, height=4.6)
     panels = {"test accuracy, %": "test_accuracy", "clean labels fitted, %": "fits"}

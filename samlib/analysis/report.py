@@ -77,6 +77,8 @@ def readme_number(found: Mapping[str, list[Results]], column: str, claim: str, c
         raise UserError(f"README: there is no claim {claim!r} with a column {column!r}; the columns are {there}")
     findings = named[0].findings(*found[column])
     said = {f.comparison: str(f.measured) for f in findings} | {None: overall(findings, named[0].every)}
+    if comparison not in said:  # studies that agree by now are told apart no more
+        comparison = re.sub(r" \([\w-]+\)$", "", comparison or "")
     if comparison not in said:
         raise UserError(f"README: {claim} has no comparison {comparison!r}; it has {', '.join(filter(None, said))}")
     return said[comparison]
