@@ -213,7 +213,7 @@ def test_an_update_far_from_all_others_is_a_number_at_the_edge(tmp_path):
     far = written(tmp_path / "far", gain=GAIN | {"checkpoint2": -0.55}, **one)
     axes = figures_ablation.dots(far, PANELS[0], "ablation", True).axes[0]
     row = [label.get_text() for label in axes.get_yticklabels()].index("checkpoint 2 (n=1)")
-    assert [(text.get_text(), text.get_position()[1]) for text in axes.texts] == [(" ← -55", row)]
+    assert [(text.get_text(), text.get_position()[1]) for text in axes.texts] == [(" ← −55", row)]
     assert axes.get_xlim()[0] > -30
 
 
@@ -231,7 +231,8 @@ def test_of_a_run_the_clean_labels_that_it_fits_are_what_its_accuracy_leaves_bes
     at = np.isclose(sgd.get_xdata(), 100 * memorized)  # accuracy: flips as far as memorized, clean labels otherwise
     fits = sgd.get_ydata()[at].item() / 100
     assert flipped * memorized + (1 - flipped) * fits == pytest.approx(run.eval_train_accuracy)
-    points = sum(len(line.get_xdata()) for line in left.lines if line.get_label() != "SGD of fewer epochs")
+    assert "SGD of fewer epochs" not in {line.get_label() for line in left.lines}  # there is none
+    points = sum(len(line.get_xdata()) for line in left.lines)
     assert points == len(results.runs(["ablation", "rho"]).drop_duplicates(["mix", "rho", "seed"]))
 
 
@@ -270,7 +271,7 @@ def test_an_update_is_compared_with_sgd_that_memorizes_as_much(tmp_path):
         rows = ablation.at_equal(results).query("mix == 'sgd' and epochs == 10")
         assert rows[value].tolist() == pytest.approx([0, 0], abs=1e-9)
     assert [mix for mix, _ in ablation.at_equal_table(results).index] == ["sam", "checkpoint1"]
-    labels = figures_ablation.dots(results, list(ablation.AT_EQUAL), "ablation", True).axes[0].get_yticklabels()
+    labels = figures_ablation.dots(results, list(ablation.TITLES), "ablation", True).axes[0].get_yticklabels()
     assert [label.get_text() for label in labels] == ["SAM", "checkpoint 1"]
 
 

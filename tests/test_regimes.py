@@ -121,7 +121,7 @@ def test_sgd_stopped_early_or_trained_twice_as_long_is_paired_with_the_same_run_
         assert row["SGD of twice the epochs"].value == pytest.approx(mean - 0.005)
 
 
-def test_sgds_number_of_epochs_is_chosen_on_held_out_images_never_on_the_test_set(results, tmp_path):
+def test_sgds_number_of_epochs_is_chosen_on_held_out_images_never_on_the_test_set(results):
     sgd = regimes.shorter(results)
     assert set(sgd.epochs) == {4} and len(sgd) == len(SEEDS) and set(sgd.data_fraction) == {1.0}
     table = regimes.rivals(results)["SGD of fewer epochs"]

@@ -9,6 +9,7 @@ import pandas as pd
 
 from samlib import PROJECT
 from samlib.analysis.results import (
+    AT_EQUAL,
     Grids,
     NotMeasured,
     Results,
@@ -26,7 +27,7 @@ from samlib.analysis.stats import Estimate
 
 DOCUMENT = PROJECT / "notebooks/reference/checkpoint_ablation.csv"  # CIFAR-100, one run a cell
 ACCURACIES = ("test_accuracy", "eval_train_accuracy", "memorized", "memorized_chance")
-AT_EQUAL = {"fits_at_equal": "fits", "test_at_equal": "test_accuracy"}  # and what they compare, see `at_equal`
+TITLES = {"fits_at_equal": "clean labels fitted", "test_at_equal": "test accuracy"}  # of AT_EQUAL
 CELL, SETTING = ("mix", "rho"), ("data_fraction", "noise_fraction", "rho", "augment")
 
 
@@ -97,10 +98,9 @@ def table(results: Results, grid: Grids = None, names: Iterable[str] = ACCURACIE
 
 def at_equal_table(results: Results, grid: Grids = None) -> pd.DataFrame:
     """AT_EQUAL above SGD's, and that minus its shuffled control's: a row a mix and ρ that has any."""
-    names = {"fits_at_equal": "clean labels fitted", "test_at_equal": "test accuracy"}
-    found = {f"{title} minus SGD's": differences(results, value, grid) for value, title in names.items()}
+    found = {f"{title} minus SGD's": differences(results, value, grid) for value, title in TITLES.items()}
     mixes = results.runs(grid).mix.unique()
-    for value, title in names.items():
+    for value, title in TITLES.items():
         rows = [p for mix in mixes if len(p := pairs_at_equal(results, mix, f"shuffled-{mix}", value, grid))]
         if rows:
             found[f"{title} minus its shuffled control's"] = estimates(pd.concat(rows), "difference", CELL)

@@ -1,4 +1,5 @@
-"""What SANER's paper (arXiv 2411.17132) says of checkpoint 2 and flipped labels, in our words, and a control of it."""
+"""What SANER's paper (arXiv 2411.17132) says of checkpoint 2 and flipped labels, in our words, and two controls: as
+many random parameters, and SGD of fewer epochs which memorizes as much."""
 
 from collections.abc import Iterable, Iterator
 from functools import partial

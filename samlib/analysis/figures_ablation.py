@@ -24,8 +24,7 @@ from samlib.analysis.results import (
 from samlib.analysis.stats import expected_by_chance
 
 TITLES = {"test_accuracy": "test accuracy", "memorized": "flips memorized", "eval_train_accuracy": "training accuracy"}
-TITLES |= {"fits_at_equal": "clean labels fitted", "test_at_equal": "test accuracy"}
-TITLES |= {name: textwrap.fill(f"sharpness, {name}", 24) for name in SHARPNESS}
+TITLES |= ablation.TITLES | {name: textwrap.fill(f"sharpness, {name}", 24) for name in SHARPNESS}
 
 
 def at(rho: float, rows: pd.DataFrame, value: str) -> pd.DataFrame:
@@ -77,8 +76,8 @@ def dots(results: Results, values: Iterable[str], grid: Grids = None, minus_sgd:
         low, high = axes.set_xlim(max(min(seeds) - room, low), min(max(seeds) + room, high))
         for mix, e in found.items():
             if not low <= scale * e.value <= high:
-                left = scale * e.value < low
-                edge, text = (low, f" ← {scale * e.value:+.0f}") if left else (high, f"{scale * e.value:+.0f} → ")
+                left, number = scale * e.value < low, f"{scale * e.value:+.0f}".replace("-", "−")
+                edge, text = (low, f" ← {number}") if left else (high, f"{number} → ")
                 axes.text(edge, mixes.index(mix), text, ha="left" if left else "right", va="center", fontsize=SMALLEST)
         axes.set_title(TITLES[value])
         axes.set_xlabel(unit)
@@ -151,7 +150,8 @@ def labels_fitted(results: Results, grids: Grids) -> Figure:
         style = look("sgd", markerfacecolor="white", label="SGD of fewer epochs", linewidth=0.7)
         for _, of in rows.sort_values("epochs").groupby(alike):
             of = of[of.mix == "sgd"]
-            axes.plot(100 * of.memorized, 100 * of[y], zorder=1, **style)
+            if len(of) > 1:
+                axes.plot(100 * of.memorized, 100 * of[y], zorder=1, **style)
         axes.set(title=title, xlabel="flips memorized, %")
     figures.legend(drawn, columns=4)
     alt = "Test accuracy, and the share of the clean labels that is fitted, against flips memorized: a point a run."

@@ -158,7 +158,7 @@ def batches(results: Results) -> Figure:
     for title, (rows, value) in panels.items():
         panels[title] = []
         for k, ((size, lr), part) in enumerate(rows.groupby(by)):
-            style = {"color": f"C{k}", "linestyle": ("-", "--", "-.", ":")[k % 4], "marker": "os^vD"[k % 4]}
+            style = {"color": f"C{k}", "linestyle": ("-", "--", "-.", ":")[k % 4], "marker": "os^D"[k % 4]}
             panels[title].append((part, value, style | {"label": f"batch {size}, rate {lr:g}", "markersize": 4}))
     alt = "Training loss, gradient norm and test accuracy over the epochs. A line a batch size and learning rate."
     drawn = lines(results, panels, "epoch", "epoch", alt, scale=1, sharey=False)

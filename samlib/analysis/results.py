@@ -28,7 +28,7 @@ COUNTED = dict.fromkeys(("test_accuracy", "stopped_test_accuracy", "gap"), "test
 COUNTED |= dict.fromkeys(("train_accuracy", "eval_train_accuracy"), "train_images")
 COUNTED |= {"validation_accuracy": "validation_images"}
 COUNTED |= dict.fromkeys(("memorized", "corrected", "memorized_chance"), "flipped")
-SHARES = (*COUNTED, "fits_at_equal", "test_at_equal")  # the last two: of ablation.at_equal
+AT_EQUAL = {"fits_at_equal": "fits", "test_at_equal": "test_accuracy"}  # and what they compare: ablation.at_equal
 SHARPNESS = ("random directions", "random directions, normalized logits", "ascent", "ascent, normalized logits")
 LOSSES = ("eval_train_loss", "validation_loss", "test_loss")
 NATS = (*LOSSES, *SHARPNESS, "value")  # a column `value` is of Results.sharpness
@@ -254,7 +254,7 @@ def estimates(frame: pd.DataFrame, value: str, by: Sequence[str]) -> pd.Series:
     would have a seed twice: what else its rows differ in is no noise.
     """
     of = frame["value"].iloc[0] if value in ("difference", "a", "b") and len(frame) else value
-    signed, share = value == "difference", of in SHARES
+    signed, share = value == "difference", of in (*COUNTED, *AT_EQUAL)
     unit = "points" if share and signed else "%" if share else "nats" if of in NATS else ""
     if of in COUNTED and "resolution" not in frame:
         frame = frame.assign(resolution=1 / frame[COUNTED[of]].where(lambda n: n > 0))
