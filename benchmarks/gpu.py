@@ -16,10 +16,10 @@ from samlib.step import EagerStep, GraphStep
 from samlib.train import numerics, train
 
 
-def measure_all(quick: bool) -> None:
+def measure_all(quick: bool, short: tuple[int, int] = (10, 20)) -> None:
     need_cuda()
     begin, facts = time.monotonic(), measure.machine()
-    short = (1, 2) if quick else (10, 20)
+    short = (1, 2) if quick else short
     with tempfile.TemporaryDirectory() as folder:
         rows = [*losses(8 if quick else 50), *speed(10 if quick else 100, 2 if quick else 7)]
         _, facts["images"] = images.settings(real=False)  # CIFAR-10's shape

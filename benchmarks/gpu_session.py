@@ -1,10 +1,11 @@
 """Runs on a machine with a GPU that has no Jupyter: `python -m benchmarks.gpu_session --out FOLDER --minutes 25`.
 
 In this order: whether the captured step is the eager one, the GPU's benchmark, the first document's grid, the ablation
-with its controls; of a grid, one seed after the other. What fails is told, and the rest goes on. Finished runs, without
-weights and states, are in FOLDER/runs.tar.gz, written anew every two minutes: `tar xzf` it in runs/local. When the time
-is over, what is running is stopped; the same command goes on from there. Beside torch it needs numpy, pandas, filelock,
-pydantic, PyYAML, tqdm and for the datasets torchvision, and the images where the study looks for them (--set root=...).
+with its controls; of a grid, one seed after the other, and no worker waits for another grid's end. What fails is told,
+and the rest goes on. Finished runs, without weights and states, are in FOLDER/runs.tar.gz, written anew every two
+minutes: `tar xzf` it in runs/local. When the time is over, what is running is stopped; the same command goes on from
+there. Beside torch it needs numpy, pandas, filelock, pydantic, PyYAML, tqdm and for the datasets torchvision, and the
+images where the study looks for them (--set root=...).
 """
 
 import argparse
@@ -39,16 +40,19 @@ def equality(_: str) -> str:
 
 
 def benchmark(out: str) -> str:
-    gpu.measure_all(quick=False)
+    gpu.measure_all(quick=False, short=(2, 4))
     for path in RESULTS.glob("gpu.*"):
         shutil.copy(path, out)
     return f"gpu.md is in {out}"
 
 
+ALONE = {"equality": equality, "benchmark": benchmark}
+
+
 def training(job: tuple[RunConfig, Path]) -> str:
     summary = train(*job, progress=False).summary
     accuracy = "" if summary["test_accuracy"] is None else f", test accuracy {summary['test_accuracy']:.2%}"
-    return f"{job[0].run_id}: {summary['status']}, {summary['seconds'] / 60:.1f} minutes{accuracy}"
+    return f"{job[0].run_id}: {summary['status']}, {summary['seconds']:.0f} s{accuracy}"
 
 
 def attempt(work: tuple[Callable, object]) -> tuple[bool, str]:
@@ -95,27 +99,31 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--root", type=Path, default=PROJECT / "runs/local", help="the runs (default: runs/local)")
     parser.add_argument("--minutes", type=float, default=25, help="the time limit (default: 25)")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time (default: 1)")
+    parser.add_argument("--finished", type=Path, help="runs that are finished in this folder are not trained again")
     parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="fields above the studies' base")
     args = parser.parse_args(arguments)
     deadline = time.monotonic() + 60 * args.minutes
     args.out.mkdir(parents=True, exist_ok=True)
-    work: dict[str, tuple[Callable, list]] = {}
+    runs: dict[str, RunConfig] = {}  # by id, in their order: grids share some
     try:
         fields = read_fields(args.set)
         for part in args.parts:
-            path, _, grid = part.partition(":")
-            if part in ("equality", "benchmark"):
-                work[part] = {"equality": equality, "benchmark": benchmark}[part], [str(args.out)]
-            else:
+            if part not in ALONE:
+                path, _, grid = part.partition(":")
                 configs = Study.load(path, fields).configs(grid or None)
                 seeds = list(dict.fromkeys(config.seed for config in configs))
-                configs.sort(key=lambda config: seeds.index(config.seed))
-                work[part] = training, [(config, args.root) for config in configs]
+                runs |= {
+                    c.run_id: c for c in sorted(configs, key=lambda c: seeds.index(c.seed)) if c.run_id not in runs
+                }
     except UserError as error:
         print(f"gpu_session: {error}", file=sys.stderr)
         return 2
+    if args.finished:
+        runs = {name: config for name, config in runs.items() if not (args.finished / name / "summary.json").exists()}
+    work = [(part, ALONE[part], [str(args.out)]) for part in args.parts if part in ALONE]
+    work += [("runs", training, [(config, args.root) for config in runs.values()])] if runs else []
     complete, archived = True, time.monotonic()
-    for part, (function, jobs) in work.items():
+    for part, function, jobs in work:
         done = failed = 0
         for news in results(function, jobs, min(args.workers, len(jobs)), deadline):
             if news:

@@ -91,7 +91,7 @@ def study(tmp_path):
 def session(without, tmp_path):
     where = ["--out", str(tmp_path / "out"), "--root", str(tmp_path / "runs")]
     fields = ["--set", "dataset=digits", "device=cpu"]
-    return lambda *arguments: without("-m", "benchmarks.gpu_session", *arguments, *where, *fields)
+    return lambda *arguments: without("-m", "benchmarks.gpu_session", *where, *arguments, *fields)
 
 
 @pytest.mark.faults
@@ -112,6 +112,9 @@ def test_a_session_tells_each_failure_goes_on_seed_by_seed_and_brings_finished_r
         f"{folder}/{file}" in names for folder in folders for file in ("summary.json", "metrics.csv")
     )
     assert not any(name.endswith((".pt", ".tmp", ".lock")) for name in names)
+
+    again = session(f"{study}:grid", "--finished", str(tmp_path / "runs"), "--root", str(tmp_path / "other"))
+    assert again.stdout.splitlines()[-1].endswith("0 of 2 done, 2 failed, 0 left when time was over")
 
 
 def test_a_session_stops_when_its_time_is_over_and_says_what_is_left(session, study):
