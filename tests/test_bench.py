@@ -1,11 +1,12 @@
-"""The benchmark's own measure: what is left out of a share must be able to show."""
+"""The benchmarks' own measures: what is left out of a share must be able to show, and what differs between machines."""
 
 import time
 
+import pandas as pd
 import pytest
 
-from benchmarks import cpu
-from samlib.config import RunConfig
+from benchmarks import cpu, machines
+from samlib.config import RunConfig, UserError
 from samlib.data import Batches
 
 
@@ -20,3 +21,14 @@ def test_the_share_outside_the_step_is_what_an_epoch_takes_beside_it(tmp_path, m
     monkeypatch.setattr(Batches, "assemble", lambda *a: (time.sleep(0.05), assemble(*a))[1])
     slow = cpu.outside(config, tmp_path / "slow")
     assert all(share > 60 for share in slow[::2]) and slow[0] == pytest.approx(slow[2], abs=25)
+
+
+def test_the_same_runs_on_two_machines_are_compared_seed_by_seed():
+    runs = pd.DataFrame({"mix": "sam", "rho": 0.1, "test_accuracy": [0.5, 0.7], "memorized": 1.0}, index=["a", "b"])
+    there = pd.DataFrame({"mix": "sam", "rho": 0.1, "test_accuracy": [0.6, 0.45], "memorized": 0.5}, index=["b", "a"])
+    both = machines.pairs(runs, pd.concat([there, there.rename(index=lambda name: f"only-{name}")]))
+    accuracy, memorized = machines.rows(both)
+    assert sorted(accuracy.values) == pytest.approx([-10, -5]) and memorized.values == [-50, -50]
+    assert "SAM, ρ = 0.1: test accuracy" in accuracy.what and accuracy.note.endswith("14.1")
+    with pytest.raises(UserError, match="no run is finished in both"):
+        machines.pairs(runs, runs.rename(index=str.upper))

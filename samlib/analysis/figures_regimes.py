@@ -1,5 +1,7 @@
 """Figures of the notebooks 05 and 07: data regimes, and large batches."""
 
+from itertools import product
+
 import numpy as np
 import pandas as pd
 import seaborn as sns
@@ -30,7 +32,8 @@ def curves(results: Results, value: str = "test_accuracy") -> Figure:
     rows = rows[rows.run.isin(runs.index)]
     if rows.empty:
         raise NotMeasured(f"no run of {results.study.title!r} has flipped labels")
-    panels = {}
+    regimes_drawn = product(*(sorted(rows[name].unique()) for name in REGIME))  # one that was not run has no panel
+    panels = {setting_name(*regime): [] for regime in regimes_drawn}
     for regime, part in rows.groupby(list(REGIME)):
         mixes = [(part[part.mix == mix], look(mix)) for mix in in_order(part.mix)]
         panels[setting_name(*regime)] = [(of_mix, value, style) for of_mix, style in mixes]
@@ -38,13 +41,11 @@ def curves(results: Results, value: str = "test_accuracy") -> Figure:
             panels[setting_name(*regime)] += [
                 (of_mix, "memorized_chance", CHANCE | {"color": style["color"]}) for of_mix, style in mixes
             ]
-    sizes = rows.data_fraction.nunique()
-    whole = len(panels) == sizes * rows.noise_fraction.nunique()
     means = 100 * rows.groupby([*REGIME, "mix", "epoch"])[value].mean()
     least, most = (0, 101) if flips else (means.min() - 3, min(means.max() + 5, 101))
     alt = f"{NAMES[value]} over the epochs of {', '.join(map(mix_name, in_order(rows.mix)))}. A panel a data regime."
     note = CHOSEN + "; dotted: what a network that knows nothing of the flips would predict" * flips
-    shape = {"rows": sizes if whole else 1, "sharex": False, "ylim": (least, most)}
+    shape = {"rows": rows.data_fraction.nunique(), "sharex": False, "ylim": (least, most)}
     drawn = lines(results, panels, "epoch", "epoch", alt, note, **shape)
     drawn.supylabel(NAMES[value], fontsize=9)
     return drawn
