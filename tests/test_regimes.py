@@ -159,6 +159,30 @@ def test_a_long_sgd_that_is_best_on_held_out_images_is_its_own_shorter_one(tmp_p
     assert set(regimes.shorter(load(study, tmp_path / "runs")).epochs) == {10}
 
 
+def test_sams_number_of_epochs_is_chosen_with_its_rho_and_one_that_is_not_finished_is_none(tmp_path):
+    sams = GRIDS["shorter"] | {"mix": "sam", "rho": [0.1, 0.2]}
+    study = Study.load(write_study(tmp_path / "s.yaml", {**GRIDS, "shorter": [GRIDS["shorter"], sams]}, BASE))
+    held = {(4, 0.2): 0.9, (6, 0.1): 0.8, (2, 0.1): 1.0}  # of SAM
+    late = [c for c in study.configs() if c.mix == "sam" and c.epochs < 10]
+    for config in set(study.configs()) - set(late):
+        write_run(tmp_path / "runs", config, **numbers(config))
+    before = load(study, tmp_path / "runs")
+    assert "both of fewer epochs" not in regimes.rivals(before)
+    with pytest.raises(NotMeasured, match="SAM of .* has one number of epochs"):
+        regimes.shorter(before, "sam")
+    for config in late:
+        if config.epochs > 2:
+            accuracy = {"validation_accuracy": held.get((config.epochs, config.rho), 0.1)}
+            write_run(tmp_path / "runs", config, **numbers(config) | accuracy)
+    results = load(study, tmp_path / "runs")
+    sam = regimes.shorter(results, "sam")
+    assert set(sam.epochs) == {4} and set(sam.rho) == {0.2} and len(sam) == len(SEEDS)
+    found = regimes.rivals(results)["both of fewer epochs"]
+    assert found[1.0, 0.4, "SAM − SGD"].value == pytest.approx(0.3 + 0.015)  # at 0.2, in its mean over seeds
+    caption = " ".join(figures_regimes.rivals(results).get_supxlabel().split())
+    assert "SAM's: 4 at ρ = 0.2 (100 % of the data, 40 % flipped)" in caption
+
+
 def test_the_interaction_is_a_difference_of_paired_gains(results):
     noise = regimes.interaction(results, "noise_fraction")
     assert {k: e.value for k, e in noise.items()} == pytest.approx({(0.2, 0.4): 0.02, (1.0, 0.4): 0.01})  # seed 1's

@@ -76,8 +76,9 @@ def at_equal(results: Results, grid: Grids = None) -> pd.DataFrame:
 
 
 def pairs_at_equal(results: Results, a: str, b: str, value: str, grid: Grids = None) -> pd.DataFrame:
-    """`pairs` of one of AT_EQUAL; SGD's own is zero."""
-    return pairs(at_equal(results, grid), a, b, value)
+    """`pairs` of one of AT_EQUAL, of the runs of a that were not trained for fewer epochs; SGD's own is zero."""
+    rows = pairs(at_equal(results, grid), a, b, value)
+    return rows[rows.epochs == rows.epochs.groupby(configurations(rows, {"epochs"})).transform("max")]
 
 
 def differences(results: Results, value: str, grid: Grids = None, baseline: str = "sgd") -> pd.Series:

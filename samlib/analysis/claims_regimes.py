@@ -129,6 +129,10 @@ each("sam_beats_shorter_sgd", "SAM's gain is more than a shorter training gives 
      "test accuracy, SAM minus SGD of its number of epochs, as many or fewer, that is best on held-out training "
      f"images, paired by seed (added after the first numbers): {ABOVE}",
      over("SGD of fewer epochs"), ASKED, above=0)  # fmt: skip
+each("sam_beats_sgd_both_of_fewer_epochs", "SAM's gain is more than a shorter training gives, its own chosen as well",
+     "test accuracy, SAM minus SGD, each of its number of epochs, as many or fewer, and SAM at its ρ, that are best on "
+     f"held-out training images, paired by seed (added after the first numbers): {ABOVE}",
+     over("both of fewer epochs"), ASKED, above=0)  # fmt: skip
 each("sam_beats_sgd_with_augmentation", "SAM beats SGD with the document's augmentation as well",
      f"{GAIN}, crops and flips as in the document, each regime: {ABOVE}", augmented, ASKED, above=0)  # fmt: skip
 claim(

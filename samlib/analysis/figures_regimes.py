@@ -77,6 +77,15 @@ def heatmap(results: Results) -> Figure:
     return describe(drawn, alt, results.caption(runs=finished(runs), note=note))
 
 
+def number_of_epochs(runs: pd.DataFrame) -> str:
+    """That of SGD, or of a mix with its ρ, in each regime."""
+    first = runs.groupby(list(REGIME)).first()
+    named = [
+        (f"{of.epochs} at ρ = {of.rho:g}" if of.mix != "sgd" else str(of.epochs), at) for at, of in first.iterrows()
+    ]
+    return "; ".join(f"{number} ({setting_name(*regime)})" for number, regime in named)
+
+
 def rivals(results: Results) -> Figure:
     """Each mix's gain over SGD, over SGD stopped early, of fewer epochs and of twice as many, in each regime."""
     table = regimes.rivals(results)
@@ -85,7 +94,7 @@ def rivals(results: Results) -> Figure:
     drawn, axes = figure(1, len(names), 1.4 + 0.55 * len(cells), sharex=True, sharey=True)
     for panel, name in zip(axes[0], names, strict=True):
         panel.axvline(0, color=GREY, linewidth=1)
-        for k, (rival, marker) in enumerate(zip(table, "os^vD", strict=False)):
+        for k, (rival, marker) in enumerate(zip(table, "os^vDP", strict=False)):
             found = [table[rival].get((*cell, name), Estimate()) for cell in cells]
             value, half = 100 * np.array([(e.value, e.half) for e in found]).T
             style = {"fmt": marker, "color": f"C{k}", "label": rival, "markersize": 5, "linewidth": 1.2, "capsize": 2}
@@ -99,9 +108,9 @@ def rivals(results: Results) -> Figure:
     alt = f"{' and '.join(names)} at the end, and against SGD stopped early, or trained shorter or twice as long."
     note = "when it stops: best on held-out training images"
     if "SGD of fewer epochs" in table:
-        number = regimes.shorter(results).groupby(list(REGIME)).epochs.first()
-        note += ", as is the number of fewer epochs: "
-        note += "; ".join(f"{epochs} ({setting_name(*regime)})" for regime, epochs in number.items())
+        note += ", as is the number of fewer epochs: " + number_of_epochs(regimes.shorter(results))
+    if "both of fewer epochs" in table:
+        note += "; SAM's: " + number_of_epochs(regimes.shorter(results, "sam"))
     note += f". {CHOSEN}"
     return describe(drawn, alt, results.caption(runs=finished(regimes.chosen(results)), note=note))
 

@@ -1,6 +1,6 @@
 """The first document's tables, by data fraction and label noise, and Experiment 4's large batches.
 
-They read a study's grids by role (see `grid`): "regimes", "twice" (SGD, twice the epochs), "shorter" (SGD, fewer),
+They read a study's grids by role (see `grid`): "regimes", "twice" (SGD, twice the epochs), "shorter" (fewer),
 "sweep" or "rho", "augmented", "batch". Where "regimes" has a mix at several ρ, each regime's is the one that is best on
 its held-out training images.
 """
@@ -102,26 +102,27 @@ def interaction(results: Results, over: str) -> pd.Series:
     return estimates(rest.assign(difference=rest.difference - plain), "difference", REGIME)
 
 
-def shorter(results: Results) -> pd.DataFrame:
-    """SGD's runs of that number of epochs, as many as the regime's own or fewer, which is best on held-out images, over
-    the seeds that all numbers have. Unlike a long run that is stopped, each ends with its learning rate at zero. Raises
-    NotMeasured where SGD has one number of epochs in every regime."""
-    own, found = chosen(results), []
-    longest = own[own.mix == "sgd"].groupby(list(REGIME)).epochs.max()
-    for regime, runs in pd.concat([own, results.planned(grid(results, "shorter"))]).groupby(list(REGIME)):
-        sgd = trainings(runs[(runs.mix == "sgd") & (runs.epochs <= longest.get(regime, 0))])
-        accuracies = held_out(sgd, "sgd", "epochs").mean()
-        if len(accuracies) > 1:
-            found.append(sgd[sgd.epochs == accuracies.idxmax()])
+def shorter(results: Results, mix: str = "sgd") -> pd.DataFrame:
+    """A mix's runs of that number of epochs, as many as the regime's own or fewer, and of that ρ, which are best on
+    held-out images, over the seeds that all have. Unlike a long run that is stopped, each ends with its learning rate
+    at zero. Raises NotMeasured where it has one number of epochs in every regime."""
+    longest, found = chosen(results).groupby(list(REGIME)).epochs.max(), []
+    every = pd.concat([results.planned(grid(results, role)) for role in ("regimes", "shorter")])
+    for regime, runs in every.groupby(list(REGIME)):
+        runs = trainings(runs[(runs.mix == mix) & (runs.epochs <= longest.get(regime, 0))])
+        runs = runs.assign(setting=runs.epochs.astype(str) + (" " + runs.rho.astype(str) if mix != "sgd" else ""))
+        accuracies = held_out(runs, mix, "setting").mean()
+        if runs.epochs[runs.setting.isin(accuracies.index)].nunique() > 1:
+            found.append(runs[runs.setting == accuracies.idxmax()].drop(columns="setting"))
     if not found:
-        raise NotMeasured(f"in each regime SGD of {results.study.title!r} has one number of epochs")
+        raise NotMeasured(f"in each regime {mix_name(mix)} of {results.study.title!r} has one number of epochs")
     return pd.concat(found)
 
 
 @once
 def rivals(results: Results) -> pd.DataFrame:
-    """Each mix's gain beside what cheaper means give SGD: stopping where it is best on held-out images, fewer epochs,
-    or twice as many, which is as many gradient evaluations."""
+    """Each mix's gain beside what cheaper means give SGD: stopping where it is best on held-out images, fewer epochs
+    (and what both have at fewer), or twice as many, which is as many gradient evaluations."""
     runs = chosen(results)
     sgd, stopped = runs.mix == "sgd", runs.stopped_test_accuracy
     tables = {"last epoch": gains(runs)}
@@ -130,6 +131,7 @@ def rivals(results: Results) -> pd.DataFrame:
         tables["both stopped early"] = gains(runs.assign(test_accuracy=stopped))
     with suppress(NotMeasured):
         tables["SGD of fewer epochs"] = gains(pd.concat([runs[~sgd], shorter(results)]), but=("epochs",))
+        tables["both of fewer epochs"] = gains(pd.concat([shorter(results, "sam"), shorter(results)]), but=("epochs",))
     with suppress(NotMeasured):
         longer = results.planned(grid(results, "twice"))
         tables["SGD of twice the epochs"] = gains(pd.concat([runs[~sgd], longer[longer.mix == "sgd"]]), but=("epochs",))
