@@ -56,7 +56,9 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--workers", type=positive, help="runs at a time (default: by the cores; 1 on a GPU)")
     sub.add_argument("--scheduler", help="the address of a Dask cluster, tcp://host:port (default: a local one)")
     sub.add_argument("--dry-run", action="store_true", help="only show what it would do, and the hours it would take")
-    sub.add_argument("--no-notebooks", action="store_true", help="train only")
+    parts = sub.add_mutually_exclusive_group()
+    parts.add_argument("--no-notebooks", action="store_true", help="train only")
+    parts.add_argument("--no-training", action="store_true", help="notebooks only, of the runs that are finished")
     add("status", status, "What of a study is done.")
     add("publish", publish, "Copy what a study stands on to runs/published and figures.")
     sub = add("report", report, "A study's tables, as markdown.")
@@ -110,7 +112,8 @@ def run(args: argparse.Namespace) -> int:
 
     before = signal.signal(signal.SIGINT, stop)
     try:
-        failures = runner.run_all(configs, root, study, figures, args.workers, scheduler, not args.no_notebooks)
+        parts = {"notebooks": not args.no_notebooks, "training": not args.no_training}
+        failures = runner.run_all(configs, root, study, figures, args.workers, scheduler, **parts)
     except KeyboardInterrupt:
         stopped()
     finally:

@@ -338,6 +338,18 @@ def test_a_study_is_executed_once_reports_failures_and_goes_on(tmp_path, stubs, 
     assert "seeds: runs done: 2 of 2, diverged: 1" in out and f"diverged: {eleven.name}" in out
 
 
+def test_without_training_what_is_finished_gets_its_notebooks_and_nothing_else_is_started(tmp_path, stubs, capsys):
+    path, root = seeds_study(tmp_path, 0), tmp_path / "runs"
+    assert main(["run", str(path), "--root", str(root), "--no-notebooks"]) == 0
+    path = seeds_study(tmp_path, 0, 11)
+    zero, eleven = (root / config.run_id for config in Study.load(path).configs())
+    (zero / "train.ipynb").unlink()  # as samlib.train leaves a run
+    assert main(["run", str(path), "--root", str(root), "--no-training"]) == 0
+    assert "runs done: 1 of 2" in capsys.readouterr().out
+    assert (zero / "train.ipynb").exists() and not eleven.exists()
+    assert output_of(root / "small" / "02_count.ipynb") == "small.yaml seeds blue 1 runs {}\n"
+
+
 def test_a_notebook_that_failed_is_told_apart_from_one_of_before(tmp_path, stubs, capsys):
     path, root = seeds_study(tmp_path, 0), tmp_path / "runs"
     assert main(["run", str(path), "--root", str(root)]) == 0

@@ -220,13 +220,16 @@ def run_all(
     workers: int | None = None,
     scheduler: str | None = None,
     notebooks: bool = True,
+    training: bool = True,
 ) -> list[tuple[Task, str]]:
     """Trains what is not done, then executes the analysis notebooks that this makes stale; returns what failed.
 
-    With nothing to do it starts no cluster; with data missing, nothing. Where runs fail, the others and the notebooks
-    are executed all the same.
+    Without training, notebooks of what is finished alone: also of runs that were trained without one. With nothing to
+    do it starts no cluster; with data missing, nothing. Where runs fail, the others and the notebooks are executed all
+    the same.
     """
     study = study if notebooks else None
+    configs = [config for config in configs if training or Run(config, root).done]
     check_inputs(study, [config for config in configs if not Run(config, root).done])
     trainings = [training_task(config, root) for config in unfinished(configs, root)]
     analyses = stale_analyses(study, root, figures) if study else []
