@@ -303,6 +303,13 @@ def test_sgd_of_more_epochs_is_no_partner_at_equal_memorization(tmp_path):
     assert late[10] == pytest.approx(0.5 - 0.25) and np.isnan(late[9])
 
 
+def test_an_update_of_fewer_epochs_is_none_of_those_compared_at_equal_memorization(tmp_path):
+    results = of_lengths(tmp_path, {"sgd": LENGTHS, "sam": [(0.3, 0.8, 0.5), (0.3, 0.8, 0.9)]})
+    pairs = ablation.pairs_at_equal(results, "sam", "sgd", "test_at_equal")
+    assert pairs.epochs.tolist() == [10, 10]
+    assert ablation.differences(results, "test_at_equal")["sam", 0.4].value == pytest.approx(0.5 - 0.325)
+
+
 def test_without_shorter_runs_there_is_nothing_to_compare_with_at_equal_memorization(results, tmp_path):
     with pytest.raises(NotMeasured):
         ablation.differences(results, "fits_at_equal", "ablation")
