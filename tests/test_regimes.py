@@ -14,7 +14,8 @@ from scipy import stats
 from samlib.analysis import figures_regimes, regimes
 from samlib.analysis.claim import claims, ledger
 from samlib.analysis.figures import faults
-from samlib.analysis.results import NotMeasured, load
+from samlib.analysis.results import SHARPNESS, NotMeasured, load
+from samlib.analysis.stats import HOLDS
 from samlib.study import Study
 
 SEEDS, SIZES, NOISES = (0, 1, 2), (0.2, 1.0), (0.0, 0.4)
@@ -181,6 +182,19 @@ def test_sams_number_of_epochs_is_chosen_with_its_rho_and_one_that_is_not_finish
     assert found[1.0, 0.4, "SAM − SGD"].value == pytest.approx(0.3 + 0.015)  # at 0.2, in its mean over seeds
     caption = " ".join(figures_regimes.rivals(results).get_supxlabel().split())
     assert "SAM's: 4 at ρ = 0.2 (100 % of the data, 40 % flipped)" in caption
+
+
+def test_sams_flatness_is_compared_with_that_of_sgd_of_fewer_epochs(results, tmp_path):
+    table = regimes.beside_shorter(results)
+    assert [*table.index] == [(1.0, 0.4)] and "SGD of fewer epochs" in regimes.rivals(results)
+    assert table.test_accuracy.iloc[0] == regimes.rivals(results)["SGD of fewer epochs"][1.0, 0.4, "SAM − SGD"]
+    for kind in SHARPNESS:
+        assert (table[kind].iloc[0].value, table[kind].iloc[0].n) == (pytest.approx(-0.1), 3)  # see `sharp`
+    [claim] = [c for c in claims("05_data_regimes") if c.name == "flatter_and_better_than_shorter_sgd"]
+    assert {f.what: f.verdict for f in claim.findings(results)} == dict.fromkeys(SHARPNESS[1::2], HOLDS)
+    longest = load(results.study, results.root, {"regimes": "regimes"})
+    with pytest.raises(NotMeasured, match="shorter"):
+        regimes.beside_shorter(longest)
 
 
 def test_the_interaction_is_a_difference_of_paired_gains(results):

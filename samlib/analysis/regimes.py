@@ -153,6 +153,18 @@ def sharpness_differences(results: Results) -> pd.DataFrame:
 
 
 @once
+def beside_shorter(results: Results) -> pd.DataFrame:
+    """SAM minus SGD of fewer epochs (see `shorter`), by regime: test accuracy, and each sharpness in nats."""
+    own = chosen(results)
+    runs = pd.concat([own[own.mix == "sam"], shorter(results)])
+    rows = pd.concat([results.sharpness(grid(results, role)) for role in ("regimes", "shorter")])
+    rows = rows[rows.index.isin(runs.index)]
+    found = {"test_accuracy": gains(runs, but=("epochs",))}
+    found |= {kind: gains(of_kind, "value", but=("epochs",)) for kind, of_kind in rows.groupby("kind")}
+    return pd.concat({name: table.squeeze("columns") for name, table in found.items()}, axis=1)
+
+
+@once
 def gap_correlations(results: Results) -> pd.DataFrame:
     """Correlation of each sharpness with the generalization gap: over a seed's runs, and less the means of each regime;
     the intervals hold those with any one regime left out. n: seeds."""

@@ -24,8 +24,8 @@ STUDIES = {"quick": "studies/quick.yaml", "laptop": "studies/laptop/*.yaml", "pa
 # The claims of the README's table, at most ten.
 HEADLINES = (
     "sam_beats_sgd", "sam_beats_shorter_sgd", "gain_grows_with_noise", "over_60_percent_in_checkpoint1",
-    "flatter_and_better", "checkpoint1_contributes_most", "learning_rate_not_direction", "step_length_alone",
-    "checkpoint2_carries_the_flips", "saner_needs_checkpoint2",
+    "flatter_and_better", "flatter_and_better_than_shorter_sgd", "checkpoint1_contributes_most",
+    "learning_rate_not_direction", "checkpoint2_carries_the_flips", "saner_needs_checkpoint2",
 )  # fmt: skip
 TABLE = re.compile(r"(<!-- findings -->\n).*?(<!-- /findings -->)", re.DOTALL)
 NUMBER = re.compile(r"(<!-- (?P<column>\w+) (?P<claim>\w+)(?:: (?P<comparison>[^>]*?))? -->)[^<]*(<!-- / -->)")
@@ -34,6 +34,7 @@ TABLES = {
     "SAM and SANER minus SGD": regimes.tally,
     "Against stopping early and twice the epochs": regimes.rivals,
     "Sharpness minus SGD's": regimes.sharpness_differences,
+    "SAM minus SGD of fewer epochs": regimes.beside_shorter,
     "Sharpness and the generalization gap": regimes.gap_correlations,
     "ρ": regimes.sweep,
     "Augmentation": regimes.augmentation,
