@@ -112,9 +112,9 @@ def main(arguments: list[str] | None = None) -> int:
                 path, _, grid = part.partition(":")
                 configs = Study.load(path, fields).configs(grid or None)
                 seeds = list(dict.fromkeys(config.seed for config in configs))
-                runs |= {
-                    c.run_id: c for c in sorted(configs, key=lambda c: seeds.index(c.seed)) if c.run_id not in runs
-                }
+                runs |= {c.run_id: c for c in sorted(configs, key=lambda c: seeds.index(c.seed))}
+        if args.finished and not args.finished.is_dir():
+            raise UserError(f"--finished: {str(args.finished)!r} is not a folder of runs")
     except UserError as error:
         print(f"gpu_session: {error}", file=sys.stderr)
         return 2

@@ -1,7 +1,7 @@
 """What the machine changes: the same runs, trained on another. `python -m benchmarks.machines FOLDER [PUBLISHED]`
 
 A seed fixes subset, flipped labels, initial weights and batches everywhere, but not the last bits of a sum, from which
-two trainings soon part. How far they end apart is beside how far seeds are apart: an interval over seeds holds both.
+two trainings soon part. How far they end apart is told beside how far the seeds are apart on each machine.
 """
 
 import sys
@@ -11,7 +11,7 @@ import pandas as pd
 from benchmarks import measure
 from benchmarks.measure import Row
 from samlib import PROJECT
-from samlib.analysis.results import mix_name
+from samlib.analysis.results import REGIME, mix_name, setting_name
 from samlib.config import UserError
 from samlib.runs import load_runs
 
@@ -27,14 +27,16 @@ def pairs(here: pd.DataFrame, there: pd.DataFrame) -> pd.DataFrame:
 
 
 def rows(both: pd.DataFrame) -> list[Row]:
-    """By mix and value: there minus here of each seed, in points; in the note the spread of the seeds here."""
+    """By setting and value: there minus here of each seed, in points; in the note how far the seeds are apart."""
     made = []
-    for (mix, rho), part in both.groupby(["mix", "rho"]):
+    for (mix, rho, epochs, *regime), part in both.groupby(["mix", "rho", "epochs", *REGIME]):
         for value, name in VALUES.items():
-            differences = 100 * (part[value] - part[f"{value}_here"])
-            note = f"standard deviation between seeds here: {100 * part[f'{value}_here'].std():.1f}"
-            what = f"{mix_name(mix)}{'' if mix == 'sgd' else f', ρ = {rho:g}'}: {name}"
-            made.append(Row(what, differences.tolist(), "points", note=note))
+            ends = 100 * part[[f"{value}_here", value]].astype(float).dropna()
+            where = setting_name(*regime, None if mix == "sgd" else rho)
+            note = f"standard deviation between seeds, here and there: {' and '.join(f'{s:.1f}' for s in ends.std())}"
+            if len(ends):
+                differences = (ends[value] - ends[f"{value}_here"]).tolist()
+                made.append(Row(f"{where}, {epochs} epochs: {mix_name(mix)}, {name}", differences, "points", note=note))
     return made
 
 
@@ -52,4 +54,4 @@ def main(other: str, published: str = str(PROJECT / "runs/published")) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:3]))
+    sys.exit(main(*sys.argv[1:3]) if sys.argv[1:] else __doc__)

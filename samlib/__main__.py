@@ -94,6 +94,8 @@ def run(args: argparse.Namespace) -> int:
     if scheduler is not None and not scheduler.strip():
         raise UserError("--scheduler: it is empty; give tcp://host:port, or leave it out for a cluster of this machine")
     configs = study.configs() if study else [RunConfig.parse(args.fields, "--set: ")]
+    if args.dry_run and args.no_training:
+        raise UserError("--dry-run: it tells of what would be trained; leave --no-training out")
     if args.dry_run:
         return dry_run(configs, root, args.workers)
     figures = figures_of(root)

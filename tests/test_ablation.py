@@ -308,6 +308,15 @@ def test_an_update_of_fewer_epochs_is_none_of_those_compared_at_equal_memorizati
     pairs = ablation.pairs_at_equal(results, "sam", "sgd", "test_at_equal")
     assert pairs.epochs.tolist() == [10, 10]
     assert ablation.differences(results, "test_at_equal")["sam", 0.4].value == pytest.approx(0.5 - 0.325)
+    (tmp_path / "other").mkdir()
+    ends = [("sgd", 0.4, 10), ("sgd", 0.4, 5), ("sam", 0.4, 10), ("sam", 0.8, 5)]  # 0.8 has five epochs only
+    arms = [{"mix": mix, "rho": rho, "epochs": epochs} for mix, rho, epochs in ends]
+    study = Study.load(write_study(tmp_path / "other/s.yaml", {"ablation": {"seed": [0, 1], "arm": arms}}, BASE))
+    for config in study.configs():
+        facts = {"flipped": 200, "train_images": 500, "memorized": config.epochs / 10, "test_accuracy": 0.5}
+        write_run(tmp_path / "other/runs", config, **facts)
+    pairs = ablation.pairs_at_equal(load(study, tmp_path / "other/runs"), "sam", "sgd", "test_at_equal")
+    assert set(pairs.rho) == {0.4}
 
 
 def test_without_shorter_runs_there_is_nothing_to_compare_with_at_equal_memorization(results, tmp_path):

@@ -24,11 +24,13 @@ def test_the_share_outside_the_step_is_what_an_epoch_takes_beside_it(tmp_path, m
 
 
 def test_the_same_runs_on_two_machines_are_compared_seed_by_seed():
-    runs = pd.DataFrame({"mix": "sam", "rho": 0.1, "test_accuracy": [0.5, 0.7], "memorized": 1.0}, index=["a", "b"])
-    there = pd.DataFrame({"mix": "sam", "rho": 0.1, "test_accuracy": [0.6, 0.45], "memorized": 0.5}, index=["b", "a"])
+    about = {"mix": "sam", "rho": 0.1, "epochs": 5, "data_fraction": 1.0, "noise_fraction": 0.4}
+    runs = pd.DataFrame(about | {"test_accuracy": [0.5, 0.7], "memorized": [1.0, None]}, index=["a", "b"])
+    there = pd.DataFrame(about | {"test_accuracy": [0.6, 0.45], "memorized": 0.5}, index=["b", "a"])
     both = machines.pairs(runs, pd.concat([there, there.rename(index=lambda name: f"only-{name}")]))
     accuracy, memorized = machines.rows(both)
-    assert sorted(accuracy.values) == pytest.approx([-10, -5]) and memorized.values == [-50, -50]
-    assert "SAM, ρ = 0.1: test accuracy" in accuracy.what and accuracy.note.endswith("14.1")
+    assert sorted(accuracy.values) == pytest.approx([-10, -5]) and memorized.values == [-50]
+    assert "ρ = 0.1, 5 epochs: SAM, test accuracy" in accuracy.what and accuracy.note.endswith("14.1 and 10.6")
+    assert len(machines.rows(both.assign(epochs=[5, 6]))) == 3  # another number of epochs is another setting
     with pytest.raises(UserError, match="no run is finished in both"):
         machines.pairs(runs, runs.rename(index=str.upper))

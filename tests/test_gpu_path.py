@@ -116,6 +116,9 @@ def test_a_session_tells_each_failure_goes_on_seed_by_seed_and_brings_finished_r
     again = session(f"{study}:grid", "--finished", str(tmp_path / "runs"), "--root", str(tmp_path / "other"))
     assert again.stdout.splitlines()[-1].endswith("0 of 2 done, 2 failed, 0 left when time was over")
 
+    absent = session(f"{study}:grid", "--finished", str(tmp_path / "nothing"))
+    assert absent.returncode == 2 and "is not a folder of runs" in absent.stderr
+
 
 def test_a_session_stops_when_its_time_is_over_and_says_what_is_left(session, study):
     result = session(f"{study}:grid", "--minutes", "0")

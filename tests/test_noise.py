@@ -42,12 +42,15 @@ def by_layer_alone(seed: int, epoch: int, more: float = 0.0) -> list[dict]:
     return rows
 
 
-def written(folder, rows=made_up, memorized=lambda config: 0.5, accuracy=lambda config: 0.8):
+def written(folder, rows=made_up, memorized=lambda config: 0.5, accuracy=lambda config: 0.8, grids=GRIDS):
     folder.mkdir(exist_ok=True)
-    study = Study.load(write_study(folder / "s.yaml", GRIDS, BASE))
+    study = Study.load(write_study(folder / "s.yaml", grids, BASE))
     for config in study.configs():
         facts = {"test_accuracy": accuracy(config), "memorized": memorized(config), "memorized_chance": 0.05}
-        facts |= {"flipped": 400, "validation_accuracy": 0.8 - abs(config.rho - (0.4 if config.mix == "sam" else 0.2))}
+        facts |= {
+            "flipped": 400,
+            "validation_accuracy": 0.8 - abs(config.rho - (0.4 if config.mix == "sam" else 0.2)) + (config.epochs == 5),
+        }
         write_run(folder / "runs", config, {"noise": [r for e in (1, 2) for r in rows(config.seed, e)]}, **facts)
     return load(study, folder / "runs")
 
@@ -109,6 +112,10 @@ def test_saner_is_compared_at_one_rho_and_each_at_its_own(tmp_path):
     results = written(tmp_path, memorized=memorized)
     pairs = noise.at_own_rho(results, SANER, "sam", "memorized")
     assert pairs.rho.unique().tolist() == [0.2] and pairs.difference.tolist() == pytest.approx([-0.2] * 3)
+    shorter = GRIDS | {"shorter": {"mix": "sam", "rho": [0.1, 0.2], "epochs": 5, "seed": [0, 1, 2]}}
+    also = written(tmp_path / "also", accuracy=lambda config: config.rho, grids=shorter)
+    pairs = noise.at_own_rho(also, SANER, "sam", "test_accuracy")
+    assert pairs.difference.tolist() == pytest.approx([0.2 - 0.4] * 3)  # SAM's own ρ is that of as many epochs
     rows = ledger(results, "08_label_noise").loc["saner_memorizes_less"].set_index("comparison")
     assert rows.verdict[rows.index.str.startswith("SANER, at its own")].tolist() == ["holds"]
     assert rows.verdict[rows.index.str.contains("ρ = 0.4")].iloc[0] == "contradicted"

@@ -348,6 +348,11 @@ def test_without_training_what_is_finished_gets_its_notebooks_and_nothing_else_i
     assert "runs done: 1 of 2" in capsys.readouterr().out
     assert (zero / "train.ipynb").exists() and not eleven.exists()
     assert output_of(root / "small" / "02_count.ipynb") == "small.yaml seeds blue 1 runs {}\n"
+    before = (root / "small" / "02_count.ipynb").stat().st_mtime_ns
+    assert main(["run", str(path), "--root", str(root), "--no-training"]) == 0  # and now there is nothing to do
+    assert (root / "small" / "02_count.ipynb").stat().st_mtime_ns == before
+    assert main(["run", str(path), "--root", str(root), "--no-training", "--dry-run"]) == 2
+    assert "leave --no-training out" in capsys.readouterr().err
 
 
 def test_a_notebook_that_failed_is_told_apart_from_one_of_before(tmp_path, stubs, capsys):

@@ -77,8 +77,9 @@ def at_equal(results: Results, grid: Grids = None) -> pd.DataFrame:
 
 def pairs_at_equal(results: Results, a: str, b: str, value: str, grid: Grids = None) -> pd.DataFrame:
     """`pairs` of one of AT_EQUAL, of the runs of a that were not trained for fewer epochs; SGD's own is zero."""
-    rows = pairs(at_equal(results, grid), a, b, value)
-    return rows[rows.epochs == rows.epochs.groupby(configurations(rows, {"epochs"})).transform("max")]
+    rows = at_equal(results, grid)
+    longest = rows.epochs.groupby(configurations(rows, {"epochs", "rho"})).transform("max")
+    return pairs(rows[(rows.mix != a) | (rows.epochs == longest)], a, b, value)
 
 
 def differences(results: Results, value: str, grid: Grids = None, baseline: str = "sgd") -> pd.Series:

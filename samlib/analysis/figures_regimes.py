@@ -98,9 +98,8 @@ def rivals(results: Results) -> Figure:
             found = [table[rival].get((*cell, name), Estimate()) for cell in cells]
             value, half = 100 * np.array([(e.value, e.half) for e in found]).T
             style = {"fmt": marker, "color": f"C{k}", "label": rival, "markersize": 5, "linewidth": 1.2, "capsize": 2}
-            panel.errorbar(
-                value, np.arange(len(cells)) + 0.18 * ((table.shape[1] - 1) / 2 - k), xerr=half, linestyle="", **style
-            )
+            above = min(0.18, 0.8 / table.shape[1]) * ((table.shape[1] - 1) / 2 - k)
+            panel.errorbar(value, np.arange(len(cells)) + above, xerr=half, linestyle="", **style)
         panel.set(xlabel="points of test accuracy", yticks=range(len(cells)), ylim=(-0.6, len(cells) - 0.4))
         panel.set_yticklabels([setting_name(*cell) for cell in cells])
         panel.set_title(name)

@@ -68,4 +68,4 @@ def beyond_chance(results: Results, name: str, checkpoint: int, mix: str, third:
 
 def at_own_rho(results: Results, a: str, b: str, value: str) -> pd.DataFrame:
     """`pairs` of two updates, each at the ρ that its own held-out accuracy chooses in that setting."""
-    return pairs(at_chosen_rho(results.planned(), (*REGIME, "augment")), a, b, value, but=("rho",))
+    return pairs(at_chosen_rho(results.planned(), (*REGIME, "augment", "epochs")), a, b, value, but=("rho",))

@@ -110,7 +110,7 @@ def shorter(results: Results, mix: str = "sgd") -> pd.DataFrame:
     every = pd.concat([results.planned(grid(results, role)) for role in ("regimes", "shorter")])
     for regime, runs in every.groupby(list(REGIME)):
         runs = trainings(runs[(runs.mix == mix) & (runs.epochs <= longest.get(regime, 0))])
-        runs = runs.assign(setting=runs.epochs.astype(str) + (" " + runs.rho.astype(str) if mix != "sgd" else ""))
+        runs = runs.assign(setting=runs.groupby(["epochs"] if mix == "sgd" else ["epochs", "rho"]).ngroup())
         accuracies = held_out(runs, mix, "setting").mean()
         if runs.epochs[runs.setting.isin(accuracies.index)].nunique() > 1:
             found.append(runs[runs.setting == accuracies.idxmax()].drop(columns="setting"))
@@ -154,14 +154,18 @@ def sharpness_differences(results: Results) -> pd.DataFrame:
 
 @once
 def beside_shorter(results: Results) -> pd.DataFrame:
-    """SAM minus SGD of fewer epochs (see `shorter`), by regime: test accuracy, and each sharpness in nats."""
+    """SAM minus SGD of fewer epochs (see `shorter`), by regime: test accuracy, and each sharpness in nats. Raises
+    NotMeasured where there is no such pair."""
     own = chosen(results)
     runs = pd.concat([own[own.mix == "sam"], shorter(results)])
-    rows = pd.concat([results.sharpness(grid(results, role)) for role in ("regimes", "shorter")])
+    rows = results.sharpness([grid(results, role) for role in ("regimes", "shorter")])
     rows = rows[rows.index.isin(runs.index)]
     found = {"test_accuracy": gains(runs, but=("epochs",))}
     found |= {kind: gains(of_kind, "value", but=("epochs",)) for kind, of_kind in rows.groupby("kind")}
-    return pd.concat({name: table.squeeze("columns") for name, table in found.items()}, axis=1)
+    columns = {name: table.squeeze("columns") for name, table in found.items() if len(table)}
+    if not columns:
+        raise NotMeasured(f"SAM of {results.study.title!r} has no partner among SGD's runs of fewer epochs")
+    return pd.DataFrame(columns).map(lambda e: e if isinstance(e, Estimate) else Estimate())
 
 
 @once

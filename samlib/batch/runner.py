@@ -57,9 +57,9 @@ def unfinished(configs: Iterable[RunConfig], root: Path) -> list[RunConfig]:
     return sorted(todo, key=lambda c: (c.seed, -c.epochs * c.data_fraction * c.passes))
 
 
-def stale_analyses(study: Study, root: Path, figures: Path) -> list[Task]:
-    """The analysis notebooks never executed, or before something they read: a run, the study, the notebook itself; and
-    those whose figures are gone."""
+def stale_analyses(study: Study, root: Path, figures: Path, training: bool = True) -> list[Task]:
+    """The analysis notebooks never executed, or before something they read: a run, also one that is to be trained yet,
+    the study, the notebook itself; and those whose figures are gone. training: whether it is going to be."""
     tasks = []
     for analysis in study.notebooks:
         output = root / study.name / f"{analysis.notebook}.ipynb"
@@ -67,7 +67,8 @@ def stale_analyses(study: Study, root: Path, figures: Path) -> list[Task]:
         source = NOTEBOOKS / f"{analysis.notebook}.ipynb"
         read = [study.path, source, *(root / c.run_id / "summary.json" for c in configs)]
         newest = max(path.stat().st_mtime for path in read if path.exists())
-        if unfinished(configs, root) or not _is_whole(output, figures / study.name) or output.stat().st_mtime < newest:
+        todo = [config for config in unfinished(configs, root) if training or Run(config, root).done]
+        if todo or not _is_whole(output, figures / study.name) or output.stat().st_mtime < newest:
             parameters = study.parameters(analysis, root, figures)
             tasks.append(Task(f"{study.name}/{analysis.notebook}", analysis.notebook, output, parameters))
     return tasks
@@ -232,7 +233,7 @@ def run_all(
     configs = [config for config in configs if training or Run(config, root).done]
     check_inputs(study, [config for config in configs if not Run(config, root).done])
     trainings = [training_task(config, root) for config in unfinished(configs, root)]
-    analyses = stale_analyses(study, root, figures) if study else []
+    analyses = stale_analyses(study, root, figures, training) if study else []
     left, total = len(trainings) + len(analyses), len(configs) + (len(study.notebooks) if study else 0)
     if not left:
         return []
