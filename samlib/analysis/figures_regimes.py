@@ -68,6 +68,7 @@ def heatmap(results: Results) -> Figure:
         measured = [e for e in cells.to_numpy().flat if e.n]  # seaborn leaves out the cells without a number
         for label, e in zip(panel.texts, measured, strict=True):
             label.set_weight("bold" if e.excludes() else "normal")
+        panel.grid(False)  # which would show where no cell is
         panel.set_xticklabels([f"{100 * noise:g} %" for noise in cells.columns])
         panel.set_yticklabels([f"{100 * size:g} %" for size in cells.index], rotation=0)
         panel.set(xlabel="labels flipped", ylabel="data")
