@@ -92,7 +92,7 @@ def rivals(results: Results) -> Figure:
     table = regimes.rivals(results)
     names = list(dict.fromkeys(table.index.get_level_values("difference")))
     cells = sorted({key[:2] for key in table.index}, reverse=True)
-    drawn, axes = figure(1, len(names), 1.4 + 0.55 * len(cells), sharex=True, sharey=True)
+    drawn, axes = figure(1, len(names), 1.4 + max(0.55, 0.11 * table.shape[1]) * len(cells), sharex=True, sharey=True)
     for panel, name in zip(axes[0], names, strict=True):
         panel.axvline(0, color=GREY, linewidth=1)
         for k, (rival, marker) in enumerate(zip(table, "os^vDP", strict=False)):
@@ -101,7 +101,10 @@ def rivals(results: Results) -> Figure:
             style = {"fmt": marker, "color": f"C{k}", "label": rival, "markersize": 5, "linewidth": 1.2, "capsize": 2}
             above = min(0.18, 0.8 / table.shape[1]) * ((table.shape[1] - 1) / 2 - k)
             panel.errorbar(value, np.arange(len(cells)) + above, xerr=half, linestyle="", **style)
-        panel.set(xlabel="points of test accuracy", yticks=range(len(cells)), ylim=(-0.6, len(cells) - 0.4))
+        for k in range(0, len(cells), 2):  # a band a regime
+            panel.axhspan(k - 0.5, k + 0.5, color=GREY, alpha=0.12, linewidth=0, zorder=0)
+        panel.grid(False, axis="y")
+        panel.set(xlabel="points of test accuracy", yticks=range(len(cells)), ylim=(-0.5, len(cells) - 0.5))
         panel.set_yticklabels([setting_name(*cell) for cell in cells])
         panel.set_title(name)
     legend(drawn)
