@@ -23,9 +23,9 @@ from samlib.study import Study, relative
 STUDIES = {"quick": "studies/quick.yaml", "laptop": "studies/laptop/*.yaml", "paper": "studies/paper/*.yaml"}
 # The claims of the README's table, at most ten.
 HEADLINES = (
-    "sam_beats_sgd", "sam_beats_shorter_sgd", "gain_grows_with_noise", "over_60_percent_in_checkpoint1",
-    "flatter_and_better", "flatter_and_better_than_shorter_sgd", "checkpoint1_contributes_most",
-    "learning_rate_not_direction", "checkpoint2_carries_the_flips", "saner_needs_checkpoint2",
+    "sam_beats_sgd", "sam_beats_sgd_with_augmentation", "sam_beats_shorter_sgd", "gain_grows_with_noise",
+    "over_60_percent_in_checkpoint1", "flatter_and_better", "flatter_and_better_than_shorter_sgd",
+    "checkpoint1_contributes_most", "learning_rate_not_direction", "checkpoint2_carries_the_flips",
 )  # fmt: skip
 TABLE = re.compile(r"(<!-- findings -->\n).*?(<!-- /findings -->)", re.DOTALL)
 NUMBER = re.compile(r"(<!-- (?P<column>\w+) (?P<claim>\w+)(?:: (?P<comparison>[^>]*?))? -->)[^<]*(<!-- / -->)")
