@@ -124,7 +124,7 @@ def lines(
     results: Results, panels: dict[str, Lines], x: str, xlabel: str, alt: str, note: str = "", scale: float = 100,
     rows: int = 1, sharex: bool | str = "col", sharey: bool | str = True, **options: Any,
 ) -> Figure:  # fmt: skip
-    """Panels in rows, each with its `curve`s; one with none stays empty. options: of Axes.set, for all panels."""
+    """Panels in rows, each with its `curve`s. options: of Axes.set, for all panels."""
     drawn, grid = figure(rows, len(panels) // rows, 1.2 + 2.0 * rows, sharex=sharex, sharey=sharey)
     shown = set()
     for axes, (title, content) in zip(grid.flat, panels.items(), strict=True):
@@ -133,8 +133,6 @@ def lines(
             shown |= set(frame.run)
         axes.set_title(title)
         axes.set(**options)
-        if not content:
-            axes.remove()
     for axes in grid[-1]:
         axes.set_xlabel(xlabel)
     longest = max((len(label) for axes in drawn.axes for label in axes.get_legend_handles_labels()[1]), default=1)

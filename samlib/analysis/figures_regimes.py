@@ -48,6 +48,8 @@ def curves(results: Results, value: str = "test_accuracy") -> Figure:
     shape = {"rows": rows.data_fraction.nunique(), "sharex": False, "ylim": (least, most)}
     drawn = lines(results, panels, "epoch", "epoch", alt, note, **shape)
     drawn.supylabel(NAMES[value], fontsize=9)
+    for axes in [axes for axes in drawn.axes if not axes.lines]:
+        axes.remove()
     return drawn
 
 
