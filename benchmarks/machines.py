@@ -11,7 +11,7 @@ import pandas as pd
 from benchmarks import measure
 from benchmarks.measure import Row
 from samlib import PROJECT
-from samlib.analysis.results import REGIME, mix_name, setting_name
+from samlib.analysis.results import REGIME, SEEDS, configurations, mix_name, setting_name
 from samlib.config import UserError
 from samlib.runs import load_runs
 
@@ -29,14 +29,16 @@ def pairs(here: pd.DataFrame, there: pd.DataFrame) -> pd.DataFrame:
 def rows(both: pd.DataFrame) -> list[Row]:
     """By setting and value: there minus here of each seed, in points; in the note how far the seeds are apart."""
     made = []
-    for (mix, rho, epochs, *regime), part in both.groupby(["mix", "rho", "epochs", *REGIME]):
+    for _, part in both.groupby(configurations(both, {*SEEDS}), sort=False):
+        of = part.iloc[0]
+        where = setting_name(*of[[*REGIME]], None if of.mix == "sgd" else of.rho)
         for value, name in VALUES.items():
             ends = 100 * part[[f"{value}_here", value]].astype(float).dropna()
-            where = setting_name(*regime, None if mix == "sgd" else rho)
             note = f"standard deviation between seeds, here and there: {' and '.join(f'{s:.1f}' for s in ends.std())}"
             if len(ends):
                 differences = (ends[value] - ends[f"{value}_here"]).tolist()
-                made.append(Row(f"{where}, {epochs} epochs: {mix_name(mix)}, {name}", differences, "points", note=note))
+                what = f"{where}, {of.epochs} epochs: {mix_name(of.mix)}, {name}"
+                made.append(Row(what, differences, "points", note=note))
     return made
 
 

@@ -27,6 +27,7 @@ def test_the_same_runs_on_two_machines_are_compared_seed_by_seed():
     about = {"mix": "sam", "rho": 0.1, "epochs": 5, "data_fraction": 1.0, "noise_fraction": 0.4}
     runs = pd.DataFrame(about | {"test_accuracy": [0.5, 0.7], "memorized": [1.0, None]}, index=["a", "b"])
     there = pd.DataFrame(about | {"test_accuracy": [0.6, 0.45], "memorized": 0.5}, index=["b", "a"])
+    runs, there = (frame.assign(seed=range(2)) for frame in (runs, there.sort_index()))
     both = machines.pairs(runs, pd.concat([there, there.rename(index=lambda name: f"only-{name}")]))
     accuracy, memorized = machines.rows(both)
     assert sorted(accuracy.values) == pytest.approx([-10, -5]) and memorized.values == [-50]

@@ -82,11 +82,8 @@ def heatmap(results: Results) -> Figure:
 
 def number_of_epochs(runs: pd.DataFrame) -> str:
     """That of SGD, or of a mix with its ρ, in each regime."""
-    first = runs.groupby(list(REGIME)).first()
-    named = [
-        (f"{of.epochs} at ρ = {of.rho:g}" if of.mix != "sgd" else str(of.epochs), at) for at, of in first.iterrows()
-    ]
-    return "; ".join(f"{number} ({setting_name(*regime)})" for number, regime in named)
+    first = [(setting_name(*at), of) for at, of in runs.groupby(list(REGIME)).first().iterrows()]
+    return "; ".join(f"{of.epochs}{'' if of.mix == 'sgd' else f' at ρ = {of.rho:g}'} ({where})" for where, of in first)
 
 
 def rivals(results: Results) -> Figure:
@@ -111,12 +108,12 @@ def rivals(results: Results) -> Figure:
         panel.set_title(name)
     legend(drawn)
     alt = f"{' and '.join(names)} at the end, and against SGD stopped early, or trained shorter or twice as long."
-    note = "when it stops: best on held-out training images"
+    note = "when it stops: best on held-out training images" * ("SGD stopped early" in table)
     if "SGD of fewer epochs" in table:
         note += ", as is the number of fewer epochs: " + number_of_epochs(regimes.shorter(results))
     if "both of fewer epochs" in table:
         note += "; SAM's: " + number_of_epochs(regimes.shorter(results, "sam"))
-    note += f". {CHOSEN}"
+    note = f"{note}. {CHOSEN}".removeprefix(". ")
     return describe(drawn, alt, results.caption(runs=finished(regimes.chosen(results)), note=note))
 
 

@@ -102,6 +102,7 @@ def interaction(results: Results, over: str) -> pd.Series:
     return estimates(rest.assign(difference=rest.difference - plain), "difference", REGIME)
 
 
+@once
 def shorter(results: Results, mix: str = "sgd") -> pd.DataFrame:
     """A mix's runs of that number of epochs, as many as the regime's own or fewer, and of that ρ, which are best on
     held-out images, over the seeds that all have. Unlike a long run that is stopped, each ends with its learning rate
