@@ -2,6 +2,7 @@
 
 import tempfile
 import time
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 
@@ -16,22 +17,30 @@ from samlib.step import EagerStep, GraphStep
 from samlib.train import numerics, train
 
 
-def measure_all(quick: bool, short: tuple[int, int] = (10, 20)) -> None:
+def measure_all(quick: bool, short: tuple[int, int] = (10, 20), folder: Path = measure.RESULTS) -> None:
+    """Prints the table; without `quick` it is in the folder, written anew with each row: time on a GPU may end."""
     need_cuda()
-    begin, facts = time.monotonic(), measure.machine()
+    begin, facts, rows = time.monotonic(), measure.machine(), []
     short = (1, 2) if quick else short
-    with tempfile.TemporaryDirectory() as folder:
-        rows = [*losses(8 if quick else 50), *speed(10 if quick else 100, 2 if quick else 7)]
-        _, facts["images"] = images.settings(real=False)  # CIFAR-10's shape
-        rows += grid(Path(folder), short)
-        images.settings(classes=100, real=False)
-        rows.append(long_run(Path(folder), short))
-    facts["took"] = f"{(time.monotonic() - begin) / 60:.1f} minutes"
     notes = [
         f"Times of whole runs are taken from trainings of {short[0]} and {short[1]} epochs, start, loading and capture "
         f"included: T({short[0]}), and the difference of both for every further {short[1] - short[0]} epochs."
     ]
-    measure.report("gpu", "Speed on a GPU", facts, rows, notes, keep=not quick)
+    with tempfile.TemporaryDirectory() as runs:
+        for row in in_order(Path(runs), quick, short):
+            rows.append(row)
+            facts["took"] = f"{(time.monotonic() - begin) / 60:.1f} minutes"
+            text = measure.report("gpu", "Speed on a GPU", facts, rows, notes, None if quick else folder)
+    print("\n" + text)
+
+
+def in_order(root: Path, quick: bool, short: tuple[int, int]) -> Iterator[Row]:
+    """The quick ones first."""
+    yield from losses(8 if quick else 50)
+    yield from speed(10 if quick else 100, 2 if quick else 7)
+    yield grid(root, short, "bf16")
+    yield long_run(root, short)
+    yield grid(root, short, "fp32")
 
 
 def need_cuda() -> None:
@@ -50,28 +59,26 @@ def minutes(config: RunConfig, root: Path, short: tuple[int, int]) -> float:
     return (few + (more - few) * (config.epochs - short[0]) / (short[1] - short[0])) / 60
 
 
-def grid(root: Path, short: tuple[int, int]) -> list[Row]:
+def grid(root: Path, short: tuple[int, int], precision: str) -> Row:
     """18 runs of one seed: each optimizer and data fraction once, taken for its three levels of label noise."""
-    rows = []
-    warm = RunConfig(dataset="cifar10", data_fraction=0.01, epochs=1, device="cuda")
-    train(warm, root, progress=False)
-    for precision in ("fp32", "bf16"):
-        parts = {}
-        for mix, fraction in product(("sgd", "sam"), (0.01, 0.1, 1.0)):
-            config = RunConfig(dataset="cifar10", mix=mix, data_fraction=fraction, precision=precision, device="cuda")
-            parts[f"{mix}, {fraction:.0%}"] = minutes(config, root, short)
-        note = "minutes a run: " + ", ".join(f"{name}: {value:.2f}" for name, value in parts.items())
-        what = f"the first document's 18-run grid for one seed, 100 epochs, {precision}"
-        rows.append(Row(what, [3 * sum(parts.values())], "minutes", 10, False, note))
-    return rows
+    of_all, parts = {"dataset": "cifar10", "precision": precision, "device": "cuda"}, {}
+    images.settings(real=False)
+    train(RunConfig(data_fraction=0.01, epochs=1, **of_all), root, progress=False)  # warm
+    for mix, fraction in product(("sgd", "sam"), (0.01, 0.1, 1.0)):
+        config = RunConfig(mix=mix, data_fraction=fraction, **of_all)
+        parts[f"{mix}, {fraction:.0%}"] = minutes(config, root, short)
+    note = "minutes a run: " + ", ".join(f"{name}: {value:.2f}" for name, value in parts.items())
+    what = f"the first document's 18-run grid for one seed, 100 epochs, made-up images, {precision}"
+    return Row(what, [3 * sum(parts.values())], "minutes", 10, False, note)
 
 
 def long_run(root: Path, short: tuple[int, int]) -> Row:
+    images.settings(classes=100, real=False)
     config = RunConfig(
         dataset="cifar100", stem="cifar", mix="sam", rho=0.1, data_fraction=0.9, batch_size=256, epochs=200,
         precision="bf16", probe_every=176, device="cuda",
     )  # fmt: skip
-    what = "one SAM run: ResNet-18, CIFAR stem, batch 256, 200 epochs of 45,000 images, a probe an epoch, bf16"
+    what = "one SAM run: ResNet-18, CIFAR stem, batch 256, 200 epochs of 45,000 made-up images, a probe an epoch, bf16"
     return Row(what, [minutes(config, root, short)], "minutes", 12)
 
 
@@ -88,10 +95,9 @@ def made(kind: type, mix: str, lr: float, config: RunConfig) -> tuple[EagerStep 
     return kind(model, optimizer, config, device), batches
 
 
-def losses(steps: int) -> list[Row]:
+def losses(steps: int) -> Iterator[Row]:
     """The captured step against the eager one, on deterministic kernels: the largest relative difference of losses."""
     need_cuda()
-    rows = []
     for mix in ("sgd", "sam", "checkpoint134"):
         config = RunConfig(mix=mix, deterministic=True)
         curves = []
@@ -101,12 +107,10 @@ def losses(steps: int) -> list[Row]:
                 curves.append(torch.stack([step(*batches[k % 8])[0].clone() for k in range(steps)]).double())
         difference = ((curves[0] - curves[1]).abs() / curves[0]).max().item()
         what = f"graph and eager, {mix}: largest relative difference of the losses of {steps} steps"
-        rows.append(Row(what, [difference], "", 1e-3))
-    return rows
+        yield Row(what, [difference], "", 1e-3)
 
 
-def speed(steps: int, repeats: int) -> list[Row]:
-    rows = []
+def speed(steps: int, repeats: int) -> Iterator[Row]:
     for mix, precision in product(("sgd", "sam"), ("fp32", "bf16")):
         config = RunConfig(mix=mix, precision=precision)
         with numerics(config, torch.device("cuda")):
@@ -123,5 +127,4 @@ def speed(steps: int, repeats: int) -> list[Row]:
             times = in_turn(functions, repeats)
         each = ", ".join(f"{name} {1e3 * sorted(t)[len(t) // 2] / steps:.2f} ms a step" for name, t in times.items())
         what = f"the first document's model, {mix}, {precision}: eager over graph"
-        rows.append(Row(what, ratios(times, "eager", "graph"), "times", None, True, each, times))
-    return rows
+        yield Row(what, ratios(times, "eager", "graph"), "times", None, True, each, times)

@@ -1,7 +1,8 @@
 """Runs on a machine with a GPU that has no Jupyter: `python -m benchmarks.gpu_session --out FOLDER --minutes 25`.
 
-In this order: whether the captured step is the eager one, the GPU's benchmark, the first document's grid, the ablation
-with its controls; of a grid, one seed after the other, and no worker waits for another grid's end. What fails is told,
+In this order: whether the captured step is the eager one, the GPU's benchmark (FOLDER/gpu.md, written anew with each
+row), the first document's grid, the ablation with its controls; of a grid, one seed after the other, and no worker
+waits for another grid's end. What fails is told,
 and the rest goes on. Finished runs, without weights and states, are in FOLDER/runs.tar.gz, written anew every two
 minutes: `tar xzf` it in runs/local. When the time is over, what is running is stopped; the same command goes on from
 there. Beside torch it needs numpy, pandas, filelock, pydantic, PyYAML, tqdm and for the datasets torchvision, and the
@@ -11,7 +12,6 @@ images where the study looks for them (--set root=...).
 import argparse
 import io
 import multiprocessing
-import shutil
 import sys
 import tarfile
 import time
@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from benchmarks import gpu
-from benchmarks.measure import RESULTS
 from samlib import PROJECT
 from samlib.config import RunConfig, UserError
 from samlib.runs import write_atomic
@@ -40,9 +39,7 @@ def equality(_: str) -> str:
 
 
 def benchmark(out: str) -> str:
-    gpu.measure_all(quick=False, short=(2, 4))
-    for path in RESULTS.glob("gpu.*"):
-        shutil.copy(path, out)
+    gpu.measure_all(quick=False, short=(2, 4), folder=Path(out))
     return f"gpu.md is in {out}"
 
 

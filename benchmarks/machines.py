@@ -51,7 +51,7 @@ def main(other: str, published: str = str(PROJECT / "runs/published")) -> int:
     ends = {"here": "_here", "there": ""}
     devices = {name: ", ".join(sorted(both[f"device_name{end}"].unique())) for name, end in ends.items()}
     notes = ["There minus here, for each seed, in points; the same configurations in fp32, last epoch."]
-    measure.report("machines", "The same seeds on two machines", devices, rows(both), notes, keep=True)
+    print(measure.report("machines", "The same seeds on two machines", devices, rows(both), notes))
     return 0
 
 

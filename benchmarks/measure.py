@@ -97,13 +97,15 @@ def markdown(title: str, facts: dict[str, str], rows: list[Row], notes: Iterable
     return "\n".join([*lines, "", *notes, ""])
 
 
-def report(name: str, title: str, facts: dict[str, str], rows: list[Row], notes: list[str], keep: bool) -> None:
-    """Prints the table; with `keep` also writes it to results/<name>.json and .md."""
+def report(
+    name: str, title: str, facts: dict[str, str], rows: list[Row], notes: list[str], folder: Path | None = RESULTS
+) -> str:
+    """The table as text, and in <name>.json and .md of a folder (None: nowhere)."""
     text = markdown(title, facts, rows, notes)
-    print("\n" + text)
-    if keep:
-        RESULTS.mkdir(exist_ok=True)
+    if folder:
+        folder.mkdir(exist_ok=True)
         content = [asdict(row) | {"median": row.median, "met": row.met} for row in rows]
         record = {"title": title, "machine": facts, "rows": content, "notes": notes}
-        (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-        (RESULTS / f"{name}.md").write_text(text)
+        (folder / f"{name}.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        (folder / f"{name}.md").write_text(text)
+    return text

@@ -1,5 +1,6 @@
 """What trains on a GPU trains without Jupyter, papermill, Dask and curvlinops: machines with a GPU often lack them."""
 
+import json
 import os
 import re
 import subprocess
@@ -8,6 +9,8 @@ import tarfile
 
 import pytest
 
+from benchmarks import gpu
+from benchmarks.measure import Row
 from samlib import PROJECT
 
 ABSENT = (
@@ -118,6 +121,24 @@ def test_a_session_tells_each_failure_goes_on_seed_by_seed_and_brings_finished_r
 
     absent = session(f"{study}:grid", "--finished", str(tmp_path / "nothing"))
     assert absent.returncode == 2 and "is not a folder of runs" in absent.stderr
+
+
+def test_a_benchmark_whose_time_ends_leaves_the_rows_that_it_has(monkeypatch, tmp_path):
+    def rows(*_):
+        yield Row("first", [0.5], "times", 1, True)
+        yield Row("second", [2.0, 4.0, 3.0], "minutes")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu, "need_cuda", lambda: None)
+    monkeypatch.setattr(gpu, "in_order", rows)
+    with pytest.raises(KeyboardInterrupt):
+        gpu.measure_all(quick=False, folder=tmp_path / "out")
+    found = json.loads((tmp_path / "out/gpu.json").read_text())
+    assert [(row["what"], row["median"], row["met"]) for row in found["rows"]] == [
+        ("first", 0.5, False),
+        ("second", 3.0, None),
+    ]
+    assert "| second | 3 (2 to 4, n=3) minutes |" in (tmp_path / "out/gpu.md").read_text()
 
 
 def test_a_session_stops_when_its_time_is_over_and_says_what_is_left(session, study):
