@@ -20,7 +20,10 @@ from samlib.config import UserError
 from samlib.runs import write_atomic
 from samlib.study import Study, relative
 
-STUDIES = {"quick": "studies/quick.yaml", "laptop": "studies/laptop/*.yaml", "paper": "studies/paper/*.yaml"}
+STUDIES = {
+    "quick": "studies/quick.yaml", "digits": "studies/digits.yaml", "laptop": "studies/laptop/*.yaml",
+    "paper": "studies/paper/*.yaml",
+}  # fmt: skip
 # The claims of the README's table, at most ten.
 HEADLINES = (
     "sam_beats_sgd", "sam_beats_sgd_with_augmentation", "sam_beats_shorter_sgd", "gain_grows_with_noise",
