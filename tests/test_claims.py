@@ -2,7 +2,7 @@ import pytest
 from fake_runs import write_run, write_study
 
 from samlib.analysis import claim as module
-from samlib.analysis.claim import ASKED, Finding, by_chance, claim, claims, in_short, ledger, overall
+from samlib.analysis.claim import ASKED, Finding, by_chance, claim, claims, in_short, ledger, overall, repeated
 from samlib.analysis.results import NotMeasured, load
 from samlib.analysis.stats import VERDICTS, Estimate, decide
 from samlib.study import Study
@@ -146,3 +146,21 @@ def test_how_many_intervals_chance_alone_makes_wrong_is_one_in_twenty_of_those_t
         return [Finding(str(k), e, "undecided") for k, e in enumerate(sizes)]
 
     assert by_chance({"here": [results]}).to_numpy().tolist() == [["here", 11, 9, "0.5"]]
+
+
+def test_what_a_second_column_decides_alike_or_the_other_way_is_counted(results, alone, monkeypatch):
+    said = {"first": "HHHCCUUN", "again": "HUCCHHUH", "elsewhere": ""}
+    words = {"H": "holds", "C": "contradicted", "U": "undecided", "N": "not measured"}
+
+    @claim("noise", quote="", rule="")
+    def many(column):
+        return [Finding(str(k), "", words[letter]) for k, letter in enumerate(said[column])]
+
+    (item,) = claims()
+    monkeypatch.setattr(type(item), "findings", lambda self, column: self.function(column))
+    table = repeated({name: [name] for name in said})
+    assert table.to_dict("index") == {
+        "again": {"decided by first": 5, "alike": 2, "undecided": 1, "the other way": 2, "decided by it alone": 1}
+    }
+    with pytest.raises(NotMeasured, match="no other column has a comparison of first"):
+        repeated({"first": ["first"], "elsewhere": ["elsewhere"]})

@@ -217,6 +217,32 @@ def by_chance(found: Mapping[str, list[Results]]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=names)
 
 
+def repeated(found: Mapping[str, list[Results]]) -> pd.DataFrame:
+    """A row a column that measures comparisons of the first, too: how many of those that the first decides it decides
+    alike, leaves undecided, or decides the other way, and how many it decides that the first does not. Raises
+    NotMeasured where there is no such column."""
+    of = {
+        name: {(c.name, f.comparison): f.verdict for c in claims() for f in c.findings(*parts)}
+        for name, parts in found.items()
+    }
+    first, *others = of
+    rows = {}
+    for name in others:
+        both = [(verdict, of[name].get(key, NOT_MEASURED)) for key, verdict in of[first].items()]
+        both = [pair for pair in both if NOT_MEASURED not in pair]
+        decided = [pair for pair in both if pair[0] != UNDECIDED]
+        if both:
+            rows[name] = {
+                f"decided by {first}": len(decided), "alike": sum(a == b for a, b in decided),
+                "undecided": sum(b == UNDECIDED for _, b in decided),
+                "the other way": sum(b not in (a, UNDECIDED) for a, b in decided),
+                "decided by it alone": sum(a == UNDECIDED != b for a, b in both),
+            }  # fmt: skip
+    if not rows:
+        raise NotMeasured(f"no other column has a comparison of {first}")
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("column")
+
+
 def read_from(found: Mapping[str, list[Results]]) -> pd.DataFrame:
     """What each column stands on: a row a study, its data, and how many of its runs are finished."""
     rows = []
