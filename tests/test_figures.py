@@ -1,6 +1,8 @@
 import re
+from io import BytesIO
 
 import numpy as np
+import PIL.Image
 import pytest
 
 from samlib.analysis import figures
@@ -43,6 +45,23 @@ def test_a_shown_figure_carries_its_alternative_text_and_is_small():
     data, metadata = figures.show(drawn())._repr_mimebundle_()
     assert metadata["image/png"]["alt"] == "Curves of SGD, SAM & SANER. They rise."
     assert metadata["image/png"]["width"] == 864 and len(data["image/png"]) < 100_000
+
+
+def test_a_figure_of_many_mixes_keeps_their_colours_in_the_few_of_its_png():
+    drawn, [[axes]] = figures.figure(height=6)
+    every = [mix for mix in figures.LOOKS for _ in range(2 if mix == "magnitude" else 30)]
+    for k, mix in enumerate(every):  # one of them seldom
+        style = figures.look(mix, linestyle="", markersize=4)
+        axes.plot(np.linspace(0, 1, 40), np.full(40, k), alpha=0.7, **style)
+        axes.plot([1.1], [k], **style)
+    figures.describe(drawn, "Every mix")
+    whole = BytesIO()
+    drawn.savefig(whole, format="png", dpi=figures.DPI)
+    full, few = (np.asarray(PIL.Image.open(f).convert("RGB")) for f in (whole, BytesIO(figures.png(drawn))))
+    for color, _, _ in figures.LOOKS.values():
+        own = [int(color[k : k + 2], 16) for k in (1, 3, 5)]
+        there = (full == own).all(-1)
+        assert there.any() and abs(few[there].astype(int) - own).max() < 10, color
 
 
 def test_a_figure_is_readable_and_what_is_not_is_named():

@@ -143,10 +143,13 @@ def lines(
 
 
 def png(figure: Figure) -> bytes:
-    """The figure in 256 colours: a third of the usual size, and no difference to be seen."""
+    """The figure in 256 colours: a third of the usual size, and no difference to be seen.
+
+    Pillow's default, by medians, makes one colour of two where a figure has many."""
     full, small = BytesIO(), BytesIO()
     figure.savefig(full, format="png", dpi=DPI)
-    PIL.Image.open(full).convert("RGB").quantize(256).save(small, "PNG", optimize=True, dpi=(DPI, DPI))
+    few = PIL.Image.open(full).convert("RGB").quantize(256, PIL.Image.Quantize.MAXCOVERAGE, kmeans=1)
+    few.save(small, "PNG", optimize=True, dpi=(DPI, DPI))
     return small.getvalue()
 
 
