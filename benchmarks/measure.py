@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from samlib.runs import write_atomic
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -106,6 +108,6 @@ def report(
         folder.mkdir(exist_ok=True)
         content = [asdict(row) | {"median": row.median, "met": row.met} for row in rows]
         record = {"title": title, "machine": facts, "rows": content, "notes": notes}
-        (folder / f"{name}.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-        (folder / f"{name}.md").write_text(text)
+        write_atomic(folder / f"{name}.json", f"{json.dumps(record, indent=1, ensure_ascii=False)}\n".encode())
+        write_atomic(folder / f"{name}.md", text.encode())
     return text

@@ -148,19 +148,20 @@ def test_how_many_intervals_chance_alone_makes_wrong_is_one_in_twenty_of_those_t
     assert by_chance({"here": [results]}).to_numpy().tolist() == [["here", 11, 9, "0.5"]]
 
 
-def test_what_a_second_column_decides_alike_or_the_other_way_is_counted(results, alone, monkeypatch):
-    said = {"first": "HHHCCUUN", "again": "HUCCHHUH", "elsewhere": ""}
+def test_what_other_seeds_decide_alike_or_the_other_way_is_counted(results, tmp_path, alone):
+    said = {"s": "HHHCCUUNH", "again": "HUCCHHUH", "other": "HHHHHHHHH"}
     words = {"H": "holds", "C": "contradicted", "U": "undecided", "N": "not measured"}
 
     @claim("noise", quote="", rule="")
-    def many(column):
-        return [Finding(str(k), "", words[letter]) for k, letter in enumerate(said[column])]
+    def many(results):
+        return [Finding(str(k), "", words[letter]) for k, letter in enumerate(said[results.study.name])]
 
-    (item,) = claims()
-    monkeypatch.setattr(type(item), "findings", lambda self, column: self.function(column))
-    table = repeated({name: [name] for name in said})
-    assert table.to_dict("index") == {
-        "again": {"decided by first": 5, "alike": 2, "undecided": 1, "the other way": 2, "decided by it alone": 1}
-    }
-    with pytest.raises(NotMeasured, match="no other column has a comparison of first"):
-        repeated({"first": ["first"], "elsewhere": ["elsewhere"]})
+    text = (tmp_path / "s.yaml").read_text()
+    (tmp_path / "again.yaml").write_text(text)
+    (tmp_path / "other.yaml").write_text(text.replace("made-up digits", "other images"))
+    again, other = (load(tmp_path / f"{name}.yaml", tmp_path / "runs") for name in ("again", "other"))
+    counts = {"decided by first": 6, "of these it has": 5, "alike": 2, "undecided": 1, "the other way": 2}
+    table = repeated({"first": [results], "again": [again], "elsewhere": [other]})
+    assert table.to_dict("index") == {"again": counts | {"decided by it alone": 1}}
+    with pytest.raises(NotMeasured, match="no other column is of the data of first"):
+        repeated({"first": [results], "elsewhere": [other]})

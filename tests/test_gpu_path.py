@@ -138,7 +138,8 @@ def test_a_benchmark_whose_time_ends_leaves_the_rows_that_it_has(monkeypatch, tm
         ("first", 0.5, False),
         ("second", 3.0, None),
     ]
-    assert "| second | 3 (2 to 4, n=3) minutes |" in (tmp_path / "out/gpu.md").read_text()
+    text = (tmp_path / "out/gpu.md").read_text()
+    assert "| second | 3 (2 to 4, n=3) minutes |" in text and "not at its end: rows are missing" in text
 
 
 def test_a_session_stops_when_its_time_is_over_and_says_what_is_left(session, study):

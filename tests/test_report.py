@@ -8,7 +8,7 @@ import pytest
 from fake_runs import write_run, write_study
 
 from samlib import PROJECT
-from samlib.analysis.claim import claims, columns, ledger
+from samlib.analysis.claim import claims, columns, ledger, repeated
 from samlib.analysis.report import HEADLINES, STUDIES, readme, readme_table, report, write_html, write_readme
 from samlib.analysis.results import load
 from samlib.analysis.stats import VERDICTS
@@ -41,6 +41,9 @@ def test_a_number_in_the_readmes_prose_is_what_a_comparison_measured(found):
     new = readme(text, found)
     assert f"{mark}+10.0 ± 0.1 points (n=3)<!-- / -->; it <!-- here sam_beats_sgd -->holds<!-- / -->." in new
     assert readme(new, found) == new
+    twice, mark = found | {"again": found["here"]}, "<!-- again repeated: alike -->"
+    alike = repeated(twice).alike["again"]
+    assert alike > 0 and readme(f"{mark}<!-- / -->", twice) == f"{mark}{alike}<!-- / -->"
     named = "<!-- here sam_beats_sgd: 100 % of the data, 40 % flipped (a-study) -->"  # which agrees with others by now
     assert readme(f"{named}<!-- / -->", found) == f"{named}+10.0 ± 0.1 points (n=3)<!-- / -->"
 

@@ -218,28 +218,29 @@ def by_chance(found: Mapping[str, list[Results]]) -> pd.DataFrame:
 
 
 def repeated(found: Mapping[str, list[Results]]) -> pd.DataFrame:
-    """A row a column that measures comparisons of the first, too: how many of those that the first decides it decides
-    alike, leaves undecided, or decides the other way, and how many it decides that the first does not. Raises
-    NotMeasured where there is no such column."""
+    """A row a column of the first one's data: of the comparisons that the first decides, how many it has, too, and
+    decides alike, leaves undecided, or decides the other way; and how many it decides that the first does not. Raises
+    NotMeasured where no other column is of these data."""
+    first, *others = found
+    data = {name: {results.study.dataset for results in parts} for name, parts in found.items()}
     of = {
-        name: {(c.name, f.comparison): f.verdict for c in claims() for f in c.findings(*parts)}
-        for name, parts in found.items()
+        name: {(c.name, f.comparison): f.verdict for c in claims() for f in c.findings(*found[name])}
+        for name in (first, *others)
+        if data[name] == data[first]
     }
-    first, *others = of
+    decided = {key for key, verdict in of[first].items() if verdict in (HOLDS, CONTRADICTED)}
     rows = {}
-    for name in others:
-        both = [(verdict, of[name].get(key, NOT_MEASURED)) for key, verdict in of[first].items()]
-        both = [pair for pair in both if NOT_MEASURED not in pair]
-        decided = [pair for pair in both if pair[0] != UNDECIDED]
-        if both:
-            rows[name] = {
-                f"decided by {first}": len(decided), "alike": sum(a == b for a, b in decided),
-                "undecided": sum(b == UNDECIDED for _, b in decided),
-                "the other way": sum(b not in (a, UNDECIDED) for a, b in decided),
-                "decided by it alone": sum(a == UNDECIDED != b for a, b in both),
-            }  # fmt: skip
+    for name in list(of)[1:]:
+        again = {key: verdict for key, verdict in of[name].items() if verdict != NOT_MEASURED and key in of[first]}
+        pairs = [(of[first][key], verdict) for key, verdict in again.items() if key in decided]
+        rows[name] = {
+            f"decided by {first}": len(decided), "of these it has": len(pairs),
+            "alike": sum(a == b for a, b in pairs), "undecided": sum(b == UNDECIDED for _, b in pairs),
+            "the other way": sum(b not in (a, UNDECIDED) for a, b in pairs),
+            "decided by it alone": sum(of[first][key] == UNDECIDED and again[key] != UNDECIDED for key in again),
+        }  # fmt: skip
     if not rows:
-        raise NotMeasured(f"no other column has a comparison of {first}")
+        raise NotMeasured(f"no other column is of the data of {first}")
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("column")
 
 

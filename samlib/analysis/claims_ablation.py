@@ -106,3 +106,13 @@ def step_length_alone(results: Results) -> Iterator[Finding]:
 def which_parameters_not_how_many(results: Results) -> Iterator[Finding]:
     for mix in sorted(mix for mix in results.runs().mix.unique() if mix.startswith("shuffled-")):
         yield from compared(results, mix.removeprefix("shuffled-"), mix, above=0)
+
+
+@claim(
+    **HERE, document=ASKED,
+    quote="As many random parameters as checkpoint 1 holds are ahead of as many as 2, 3 and 4 hold",
+    rule=f"test accuracy of 1 shuffled minus that of 2, 3 and 4 shuffled, {PAIRED}: the interval lies above zero",
+)  # fmt: skip
+def as_many_random_parameters_lead(results: Results) -> Iterator[Finding]:
+    for other in ("checkpoint2", "checkpoint3", "checkpoint4"):
+        yield from compared(results, "shuffled-checkpoint1", f"shuffled-{other}", above=0)

@@ -12,7 +12,7 @@ import pandas as pd
 
 from samlib import PROJECT
 from samlib.analysis import regimes
-from samlib.analysis.claim import claims, columns, ledger, overall
+from samlib.analysis.claim import claims, columns, ledger, overall, repeated
 from samlib.analysis.results import NotMeasured, Results, load
 from samlib.analysis.stats import NOT_MEASURED
 from samlib.analysis.tables import SHAPES, markdown
@@ -71,10 +71,13 @@ def readme_table(found: Mapping[str, list[Results]]) -> str:
 
 
 def readme_number(found: Mapping[str, list[Results]], column: str, claim: str, comparison: str | None) -> str:
-    """What one comparison of a claim measured in a column, or the claim's verdict where none is named.
+    """What one comparison of a claim measured in a column, or the claim's verdict where none is named; of `repeated`, a
+    number of its row.
 
     Raises UserError where there is no such column, claim or comparison.
     """
+    if claim == "repeated" and column in (counts := repeated(found)).index and comparison in counts:
+        return str(counts.loc[column, comparison])
     named = [c for c in claims() if c.name == claim]
     if column not in found or not named:
         there = ", ".join(found)
