@@ -2,11 +2,10 @@
 
 In this order: whether the captured step is the eager one, the GPU's benchmark (FOLDER/gpu.md, written anew with each
 row), the first document's grid, the ablation with its controls; of a grid, one seed after the other, and no worker
-waits for another grid's end. What fails is told,
-and the rest goes on. Finished runs, without weights and states, are in FOLDER/runs.tar.gz, written anew every two
-minutes: `tar xzf` it in runs/local. When the time is over, what is running is stopped; the same command goes on from
-there. Beside torch it needs numpy, pandas, filelock, pydantic, PyYAML, tqdm and for the datasets torchvision, and the
-images where the study looks for them (--set root=...).
+waits for another grid's end. What fails is told, and the rest goes on. Finished runs, without weights and states, are
+in FOLDER/runs.tar.gz, written anew every two minutes: `tar xzf` it in runs/local. When the time is over, what is
+running is stopped; the same command goes on from there. Beside torch it needs numpy, pandas, filelock, pydantic,
+PyYAML, tqdm and for the datasets torchvision, and the images where the study looks for them (--set root=...).
 """
 
 import argparse

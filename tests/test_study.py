@@ -567,3 +567,13 @@ def test_one_run_by_set_goes_through_its_notebook(tmp_path, capsys):
     text = executed.read_text()
     assert "image/png" in text and "memorized" in text and '"output_type": "error"' not in text
     assert str(tmp_path) not in json.dumps(nbformat.read(executed, 4).metadata["papermill"]["output_path"])
+
+
+def test_digits_asks_quicks_questions_of_seeds_that_quick_has_not():
+    quick, digits = (Study.load(PROJECT / f"studies/{name}.yaml") for name in ("quick", "digits"))
+    of = [
+        {c.model_copy(update={"seed": 0}).run_id for grid in ("twice", "shorter") for c in study.configs(grid)}
+        for study in (quick, digits)
+    ]
+    assert of[0] == of[1] and len(of[0]) == 9 and digits.dataset == quick.dataset
+    assert not {c.seed for c in digits.configs()} & {c.seed for c in quick.configs()}
