@@ -279,7 +279,19 @@ def test_sgd_of_two_lengths_that_memorizes_as_much_is_its_mean_there(tmp_path):
     lengths = [(0.8, 1.0, 0.2), (0.8, 0.9, 0.4), (0.2, 0.5, 0.3)]
     results = of_lengths(tmp_path, {"sgd": lengths, "sam": [(0.8, 1.0, 0.5)], "checkpoint1": [(0.5, 1.0, 0.5)]})
     rows = ablation.at_equal(results).query("seed == 0 and epochs == 10").set_index("mix").test_at_equal
-    assert (rows["sam"], rows["checkpoint1"]) == (pytest.approx(0.5 - 0.3), pytest.approx(0.5 - 0.3))
+    assert (rows["sam"], rows["checkpoint1"]) == (pytest.approx(0.5 - 0.3), pytest.approx(0.5 - 0.35))
+
+
+def test_where_short_trainings_memorize_less_with_more_epochs_the_longest_two_are_compared_with(tmp_path):
+    lengths = [
+        (0.9, 1.0, 0.2),
+        (0.1, 0.8, 0.6),
+        (0.15, 0.5, 0.3),
+    ]  # of the shortest two none is the less, then the more
+    results = of_lengths(tmp_path, {"sgd": lengths, "sam": [(0.12, 1.0, 0.7)], "checkpoint1": [(0.05, 1.0, 0.5)]})
+    rows = ablation.at_equal(results).query("seed == 0 and epochs == 10").set_index("mix").test_at_equal
+    assert rows["sam"] == pytest.approx(0.7 - (0.6 - 0.4 * 0.02 / 0.8)) and np.isnan(rows["checkpoint1"])
+    assert rows["sgd"] == 0
 
 
 def test_a_line_of_sgds_lengths_joins_runs_of_one_setting(tmp_path):

@@ -100,6 +100,14 @@ def test_several_findings_are_shown_as_their_range_and_counts():
     counts = "2 comparisons: 1 holds, 1 undecided"
     assert in_short(found(0.02, 0)) == f"+0.0 ± 1.0 points to +2.0 ± 1.0 points; {counts}"
     assert in_short(found(0.02, 0.02)) == f"+2.0 ± 1.0 points; {counts}"
+    one = Finding("", Estimate(0.3, n=1, unit="points", signed=True), "undecided")  # a run alone makes no range
+    assert in_short([*found(0.02, 0), one]).startswith("+0.0 ± 1.0 points to +2.0 ± 1.0 points; 3 comparisons")
+
+
+def test_of_a_rule_of_several_parts_settings_are_counted_as_its_verdict_does():
+    found = [Finding("a", "", "holds", what="1"), Finding("a", "", "undecided", what="2"), Finding("b", "", "holds")]
+    assert in_short(found, every=True) == "2 settings of 3 comparisons: 1 holds, 1 undecided"
+    assert in_short(found) == "3 comparisons: 2 hold, 1 undecided" and overall(found, every=True) == "undecided"
 
 
 def test_different_quantities_have_no_range():

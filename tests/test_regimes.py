@@ -326,6 +326,27 @@ def test_where_a_study_has_only_sgd_and_sam_on_clean_labels_what_lacks_says_so(r
         assert "'A study'" in str(error) or "s.yaml" in str(error)
 
 
+def test_levels_are_means_of_the_runs_that_each_name_says(results):
+    table = regimes.levels(results)
+    assert set(table.index) == {(0.2, 0.4), (1.0, 0.4)}  # flipped labels alone
+    seeds = 0.003 * np.mean(SEEDS)
+    expected = {"SGD": 0.5, "SAM": 0.515, "SGD of fewer epochs": 0.502, "SGD with augmentation": 0.52}
+    for name, value in (expected | {"SGD, clean labels": 0.5}).items():
+        assert (table[name][1.0, 0.4].value, table[name][1.0, 0.4].n) == (pytest.approx(value + seeds), 3), name
+    assert table["SGD with augmentation"][0.2, 0.4].n == table["SGD of fewer epochs"][0.2, 0.4].n == 0
+    gain = regimes.rivals(results)["SGD with augmentation"][1.0, 0.4, "SAM − SGD"]
+    assert (gain.value, gain.n) == (pytest.approx(0.515 - 0.52), 3)
+
+
+def test_a_point_of_the_figure_of_flatness_is_sams_difference_in_sharpness_and_accuracy(results):
+    panel = figures_regimes.sharpness(results).axes[0]
+    at = lambda marks: {tuple(np.round((m[0].get_xdata()[0], m[0].get_ydata()[0]), 4)) for m in marks}  # noqa: E731
+    hollow = [m for m in panel.containers if m[0].get_markerfacecolor() == "white"]
+    flat, better = -0.1, {(0.2, 0.0): 1.0, (0.2, 0.4): 3.0, (1.0, 0.0): 0.5, (1.0, 0.4): 1.5}
+    assert at(m for m in panel.containers if m not in hollow) == {(flat, y) for y in better.values()}
+    assert at(hollow) == {(round(flat - 0.05, 4), 1.3)}  # minus SGD of four epochs
+
+
 def test_missing_and_diverged_runs_are_in_no_mean_and_are_counted(root, tmp_path):
     shutil.copytree(root / "runs", tmp_path / "runs")
     study = Study.load(root / "s.yaml")
@@ -365,7 +386,7 @@ def test_a_study_may_give_its_grids_other_names(root, tmp_path):
     for results in [*named, load(path, root / "runs")]:
         for name in ("05_data_regimes", "07_large_batch"):
             pd.testing.assert_frame_equal(ledger(results, name), ledger(plain, name))
-        assert figures_regimes.sweep(results) and len(regimes.rivals(results).columns) == 5
+        assert figures_regimes.sweep(results) and len(regimes.rivals(results).columns) == 6
     assert "SGD of twice the epochs" not in regimes.rivals(
         load(path, root / "runs", {"regimes": "my_regimes", "twice": ""})
     )

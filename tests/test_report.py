@@ -8,9 +8,11 @@ import pytest
 from fake_runs import write_run, write_study
 
 from samlib import PROJECT
+from samlib.analysis import figures_claims
 from samlib.analysis.claim import claims, columns, ledger, repeated
+from samlib.analysis.figures import faults
 from samlib.analysis.report import HEADLINES, STUDIES, readme, readme_table, report, write_html, write_readme
-from samlib.analysis.results import load
+from samlib.analysis.results import NotMeasured, load
 from samlib.analysis.stats import VERDICTS
 from samlib.analysis.tables import SHAPES, claims_page, table
 from samlib.config import UserError
@@ -96,6 +98,35 @@ def test_the_page_of_all_claims_shows_every_claim_with_a_verdict_by_word_and_sha
     assert html.count('class="v"') == len(said)
     for verdict in VERDICTS:
         assert html.count(f"{SHAPES[verdict]} {verdict}</span>") == (said.verdict == verdict).sum()
+
+
+def test_the_page_of_all_claims_gives_a_reason_only_where_nobody_can_measure_it_here(found):
+    html = claims_page(found).data
+    assert "benchmarks/ measures ratios" in html and "its configuration asks for none" not in html
+
+
+def test_the_figures_of_all_studies_have_a_row_or_a_panel_a_study_and_can_be_read(tmp_path):
+    found, grids = {}, {"regimes": GRIDS["regimes"] | {"noise_fraction": [0.0, 0.4]}}
+    for name, mixes in (("plain", []), ("controls", ["checkpoint1", "shuffled-checkpoint1"])):
+        (tmp_path / name).mkdir()
+        ablation = {"seed": [0, 1, 2], "noise_fraction": 0.4, "mix": ["sgd", "sam", *mixes]}
+        study = Study.load(write_study(tmp_path / f"{name}.yaml", grids | {"ablation": ablation}, {"rho": 0.1}))
+        for c in study.configs():
+            gain = {"sam": 0.2, "checkpoint1": 0.1, "shuffled-checkpoint1": 0.15}.get(c.mix, 0)
+            if not (tmp_path / name / c.run_id).exists():
+                write_run(tmp_path / name, c, test_accuracy=0.5 + gain + 0.01 * c.seed)
+        found[name] = [load(study, tmp_path / name)]
+    rows, panels = figures_claims.rivals(found), figures_claims.checkpoints(found)
+    assert not faults(rows) + faults(panels)
+    labels = [label.get_text() for label in rows.axes[0].get_yticklabels()]
+    assert labels == [f"{name}: 100 % of the data, 40 % flipped (n=3)" for name in found]
+    (panel,) = panels.axes
+    assert panel.get_title(loc="left").startswith("controls") and panel.get_title(loc="left").endswith("(n=3)")
+    ends = sorted(round(float(m[0].get_xdata()[0]), 6) for m in panel.containers)
+    assert ends == [10, 15, 20]  # points above SGD
+    for drawn in (figures_claims.rivals, figures_claims.checkpoints):
+        with pytest.raises(NotMeasured):
+            drawn({})
 
 
 def test_a_table_of_what_is_not_measured_is_its_sentence(found):

@@ -54,22 +54,35 @@ def fitted(results: Results, grid: Grids = None) -> pd.DataFrame:
     return rows
 
 
+def memorizing(as_much: float, curve: pd.DataFrame) -> pd.Series:
+    """The row between the last two rows of a curve, the first of which memorizes as much or less and the second as much
+    or more: linear, or their mean where both memorize as much; NaN where there are none."""
+    m = curve.memorized.to_numpy()
+    found = np.flatnonzero((m[:-1] <= as_much) & (as_much <= m[1:]))
+    if not len(found):
+        return pd.Series(np.nan, curve.columns)
+    low, high = curve.iloc[found[-1]], curve.iloc[found[-1] + 1]
+    step = high.memorized - low.memorized
+    return low + (high - low) * ((as_much - low.memorized) / step if step else 0.5)
+
+
 @once
 def at_equal(results: Results, grid: Grids = None) -> pd.DataFrame:
     """`fitted` with AT_EQUAL: how far a run's accuracies are above those of SGD that memorizes as much.
 
-    That is SGD of the same seed and of as many epochs or fewer, linear between the two that memorize a little less and
-    a little more; NaN where there are none. All are compared at their ends, where the learning rate is zero: a run that
-    memorizes as much on its way still gains from its fall. Raises NotMeasured where no run has any."""
+    That is SGD of the same seed and of as many epochs or fewer, between two neighbouring numbers of epochs (see
+    `memorizing`; the last two, since short trainings may memorize less with an epoch more); NaN where there are none,
+    and zero of SGD itself, where it has several. All are compared at their ends, where the learning rate is zero: a run
+    that memorizes as much on its way still gains from its fall. Raises NotMeasured where no run has any."""
     rows = fitted(results, grid).assign(**dict.fromkeys(AT_EQUAL, np.nan))
     keys, known = configurations(rows, {"mix", "mix_warmup", "rho", "epochs"}), rows.fits.notna()
     for _, alike in rows[known].groupby(keys[known]):
-        sgd = alike[alike.mix == "sgd"].drop_duplicates("epochs")
+        sgd = alike[alike.mix == "sgd"].drop_duplicates("epochs").sort_values("epochs")
         for run, row in alike.iterrows():
-            curve = sgd[sgd.epochs <= row.epochs].groupby("memorized", as_index=False)[[*AT_EQUAL.values()]].mean()
+            curve = sgd.loc[sgd.epochs <= row.epochs, ["memorized", *AT_EQUAL.values()]]
+            partner = row if row.mix == "sgd" else memorizing(row.memorized, curve)
             for name, column in AT_EQUAL.items() if len(curve) > 1 else ():
-                as_much = np.interp(row.memorized, curve.memorized, curve[column], np.nan, np.nan)
-                rows.loc[run, name] = row[column] - as_much
+                rows.loc[run, name] = row[column] - partner[column]
     if rows[[*AT_EQUAL]].isna().all(axis=None):
         raise NotMeasured("no run memorizes as much as one of SGD of fewer epochs")
     return rows

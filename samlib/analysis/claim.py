@@ -134,36 +134,41 @@ def claims(notebook: str | None = None, subject: str | None = None) -> list[Clai
     return sorted(chosen, key=lambda c: list(DOCUMENTS).index(c.subject))
 
 
-def overall(findings: Iterable[Finding], every: bool = False) -> str:
-    """A claim's verdict from its findings: holds (is contradicted) where more than half of those measured do (are) and
-    none says the opposite; not measured where none is; else undecided.
-
-    every: all findings of one `where` count as one, which holds where each of them does, and is contradicted where any
-    is.
-    """
+def settled(findings: Iterable[Finding], every: bool = False) -> list[str]:
+    """The verdicts of those that are measured. every: all findings of one `where` count as one, which holds where each
+    of them does, and is contradicted where any is."""
     found = [f for f in findings if f.verdict != NOT_MEASURED]
-    verdicts = [f.verdict for f in found]
-    if every:
-        parts = [{f.verdict for f in found if f.where == where} for where in dict.fromkeys(f.where for f in found)]
-        verdicts = [CONTRADICTED if CONTRADICTED in part else HOLDS if part == {HOLDS} else UNDECIDED for part in parts]
+    if not every:
+        return [f.verdict for f in found]
+    parts = [{f.verdict for f in found if f.where == where} for where in dict.fromkeys(f.where for f in found)]
+    return [CONTRADICTED if CONTRADICTED in part else HOLDS if part == {HOLDS} else UNDECIDED for part in parts]
+
+
+def overall(findings: Iterable[Finding], every: bool = False) -> str:
+    """A claim's verdict, from those of its findings (see `settled`): holds (is contradicted) where more than half do
+    (are) and none says the opposite; not measured where there are none; else undecided."""
+    verdicts = settled(findings, every)
     for word, opposite in ((HOLDS, CONTRADICTED), (CONTRADICTED, HOLDS)):
         if 2 * verdicts.count(word) > len(verdicts) and opposite not in verdicts:
             return word
     return UNDECIDED if verdicts else NOT_MEASURED
 
 
-def in_short(findings: list[Finding]) -> str:
-    """What was measured: of one finding as it stands, of several how many have which verdict, and their range where all
-    measure the same thing."""
+def in_short(findings: list[Finding], every: bool = False) -> str:
+    """What was measured: of one finding as it stands, of several how many (of their settings, see `settled`) have which
+    verdict, and where all measure the same thing their range, of those with as many runs as a verdict needs where there
+    are any."""
     if len(findings) < 2:
         return "".join(str(f.measured) or f.note for f in findings)
-    verdicts = [f.verdict for f in findings]
+    verdicts, text = settled(findings, every), plural(len(findings), "comparison")
+    if every:
+        text = f"{plural(len(verdicts), 'setting')} of {text}"
     counts = {v: verdicts.count(v) for v in (HOLDS, CONTRADICTED, UNDECIDED)}
-    words = [f"{n} {'hold' if v == HOLDS and n > 1 else v}" for v, n in counts.items() if n]
-    text = f"{plural(len(findings), 'comparison')}: {', '.join(words)}"
-    found = sorted((f.measured for f in findings if isinstance(f.measured, Estimate)), key=lambda e: e.value)
+    text += ": " + ", ".join(f"{n} {'hold' if v == HOLDS and n > 1 else v}" for v, n in counts.items() if n)
+    found = [f.measured for f in findings if isinstance(f.measured, Estimate)]
     if len(found) < len(findings) or len({(e.unit, e.signed) for e in found}) > 1:
         return text
+    found = sorted([e for e in found if e.n >= LEAST] or found, key=lambda e: e.value)
     least, most = (e.format(n=False) for e in (found[0], found[-1]))
     if least == most:
         return f"{least}; {text}"
@@ -189,7 +194,7 @@ def ledger(results: Results | Iterable[Results], notebook: str | None = None, br
         if whole:
             rows += [[*head, f.comparison, str(f.measured), f.verdict, f.note] for f in found]
         else:
-            rows.append([*head, in_short(found), counted(found), overall(found, item.every), item.notebook])
+            rows.append([*head, in_short(found, item.every), counted(found), overall(found, item.every), item.notebook])
     rest = ("comparison", "measured", "verdict", "note") if whole else ("measured", "n", "verdict", "notebook")
     return pd.DataFrame(rows, columns=["name", "document", "claim", "documented", "rule", *rest]).set_index("name")
 

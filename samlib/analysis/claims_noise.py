@@ -39,6 +39,19 @@ def checkpoint2_carries_the_flips(results: Results) -> Iterator[Finding]:
                     yield Finding(setting_name(*at), found, decide(found, above=0), what=what)
 
 
+@claim(
+    **HERE, document=ASKED, quote="Of the four checkpoints 2 alone holds more of the flips than chance has it",
+    rule="checkpoints 1, 3 and 4, beside as many random active parameters of the same kinds of layer: the share of the "
+    "parameters whose direction the flipped images set, mean over a run's probes (added after the first numbers): the "
+    "interval of the difference lies below zero",
+)  # fmt: skip
+def checkpoint2_alone_carries_the_flips(results: Results) -> Iterator[Finding]:
+    for mix in ("sam", "sgd"):
+        for k in (1, 3, 4):
+            for at, found in beyond_chance(results, "sets", k, mix).items():
+                yield Finding(setting_name(*at), found, decide(found, below=0), what=f"checkpoint {k}, {mix_name(mix)}")
+
+
 # fmt: off
 claim(**HERE, name="saner_memorizes_less", every=True,
       quote="Scaling checkpoint 2 down, α = 0.5, memorizes fewer flipped labels than SAM (in our words)",

@@ -8,8 +8,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from samlib.analysis import ablation, figures
-from samlib.analysis.figures import CHANCE, SMALLEST, lines, look, rho_axis
+from samlib.analysis.figures import CHANCE, LOOKS, SMALLEST, lines, look, rho_axis
 from samlib.analysis.results import (
+    AT_EQUAL,
     SHARPNESS,
     Grids,
     NotMeasured,
@@ -60,7 +61,7 @@ def dots(results: Results, values: Iterable[str], grid: Grids = None, minus_sgd:
             axes.plot(own, [y + 0.32] * len(own), ".", color=style["color"], markersize=3.5, alpha=0.6)
         if minus_sgd:
             axes.axvline(0, color=look("sgd")["color"], linewidth=1)
-        if "sam" in found:
+        if "sam" in found and n["sam"] == max(n.values()):
             axes.axvline(scale * found["sam"].value, color=look("sam")["color"], linestyle="--", linewidth=1, zorder=1)
         if value == "memorized" and not minus_sgd:
             chance = 100 * rows.memorized_chance.astype(float).groupby(rows.mix).mean()
@@ -80,7 +81,7 @@ def dots(results: Results, values: Iterable[str], grid: Grids = None, minus_sgd:
                 edge, text = (low, f" ← {number}") if left else (high, f"{number} → ")
                 axes.text(edge, mixes.index(mix), text, ha="left" if left else "right", va="center", fontsize=SMALLEST)
         axes.set_title(TITLES[value])
-        axes.set_xlabel(unit)
+        axes.set_xlabel(unit + " above SGD which memorizes as much" * (value in AT_EQUAL))
     runs = results.runs(grid)
     rhos = runs[runs.mix != "sgd"].groupby("mix").rho.unique()
     own = {mix: of[0] for mix, of in rhos.items() if len(of) == 1 and of[0] != rho}
@@ -89,13 +90,16 @@ def dots(results: Results, values: Iterable[str], grid: Grids = None, minus_sgd:
     row[0].set_yticks(range(len(mixes)), labels)
     row[0].set_ylim(len(mixes) - 0.4, -0.6)
     note = "mean and 95 % interval over seeds, below it each seed"
+    equal = set(panels) <= {*AT_EQUAL}
     if minus_sgd:
         intervals = sum(not np.isnan(e.half) for _, found in panels.values() for e in found)
-        note = f"minus SGD's, paired by seed: {note}; an interval may leave the frame; by chance alone "
+        partner = "that of SGD of its seed which memorizes as much" if equal else "SGD's, paired by seed"
+        note = f"minus {partner}: {note}; an interval may leave the frame; by chance alone "
         note += f"{expected_by_chance(intervals):.1f} of {plural(intervals, 'interval')} would exclude zero"
     elif "memorized" in panels:
         note += "; grey ticks: by chance alone"
-    alt = f"Every update{' minus SGD' * minus_sgd}, beside its controls: {', '.join(map(TITLES.get, panels))}"
+    sgd = " minus SGD" * minus_sgd + " that memorizes as much" * equal
+    alt = f"Every update{sgd}, beside its controls: {', '.join(map(TITLES.get, panels))}"
     runs = runs[(runs.rho == rho) | runs.mix.isin(["sgd", *own])]
     return figures.describe(figure, alt, results.caption(runs=runs, note=note))
 
@@ -136,24 +140,28 @@ def over_rho(
 
 def labels_fitted(results: Results, grids: Grids) -> Figure:
     """Against the flips that it memorizes, a point a run at any ρ: its test accuracy, and how many of the clean labels
-    it fits (see `ablation.fitted`). SGD's runs of all lengths are joined by a line a seed."""
+    it fits (see `ablation.fitted`). SGD's runs of all lengths are joined by a line a seed; updates and controls without
+    a look of their own are grey."""
     rows = trainings(ablation.fitted(results, grids))
     rows = rows[(rows.status == "done") & rows.fits.notna()]
     alike = pd.Series(configurations(rows, {"mix", "mix_warmup", "rho", "epochs"}), rows.index)
     longest = rows.epochs == rows.epochs.groupby(alike).transform("max")
     drawn, [row] = figures.figure(1, 2, height=4.6)
     panels = {"test accuracy, %": "test_accuracy", "clean labels fitted, %": "fits"}
+    shown = [mix for mix in LOOKS if mix not in ("gain1x2", "scale2x0")]
+    others = {"color": "#BBBBBB", "linestyle": "", "marker": ".", "markersize": 5, "label": "other updates, controls"}
     for axes, (title, y) in zip(row, panels.items(), strict=True):
-        for mix in in_order(rows.mix):
+        for mix in sorted(in_order(rows.mix), key=shown.__contains__):  # those in front
             of = rows[(rows.mix == mix) & longest]
-            axes.plot(100 * of.memorized, 100 * of[y], **look(mix, linestyle="", markeredgewidth=0.8))
+            axes.plot(100 * of.memorized, 100 * of[y], **look(mix, linestyle="") if mix in shown else others)
         style = look("sgd", markerfacecolor="white", label="SGD of fewer epochs", linewidth=0.7)
         for _, of in rows.sort_values("epochs").groupby(alike):
             of = of[of.mix == "sgd"]
             if len(of) > 1:
                 axes.plot(100 * of.memorized, 100 * of[y], zorder=1, **style)
-        axes.set(title=title, xlabel="flips memorized, %")
+        frame = 100 * rows[y][rows.mix.isin(shown)]  # an update that does not train lies below it
+        axes.set(title=title, xlabel="flips memorized, %", ylim=(frame.min() - 2, frame.max() + 2))
     figures.legend(drawn, columns=4)
     alt = "Test accuracy, and the share of the clean labels that is fitted, against flips memorized: a point a run."
-    note = "a point a run at its end, of every update and ρ; lines: SGD of fewer epochs and of as many, of one seed"
+    note = "a point a run at its end, of every update and ρ that trains; lines: SGD of one seed, by number of epochs"
     return figures.describe(drawn, alt, results.caption(runs=rows, note=note))

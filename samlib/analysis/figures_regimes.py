@@ -1,5 +1,6 @@
 """Figures of the notebooks 05 and 07: data regimes, and large batches."""
 
+from contextlib import suppress
 from itertools import product
 
 import numpy as np
@@ -9,8 +10,17 @@ from matplotlib.figure import Figure
 
 from samlib.analysis import regimes
 from samlib.analysis.figures import CHANCE, GREY, describe, figure, legend, lines, look, rho_axis
-from samlib.analysis.results import REGIME, NotMeasured, Results, in_order, mix_name, setting_name, trainings
-from samlib.analysis.stats import Estimate
+from samlib.analysis.results import (
+    REGIME,
+    SHARPNESS,
+    NotMeasured,
+    Results,
+    in_order,
+    mix_name,
+    setting_name,
+    trainings,
+)
+from samlib.analysis.stats import LEAST, Estimate
 
 NAMES = {
     "test_accuracy": "test accuracy, %",
@@ -66,7 +76,8 @@ def heatmap(results: Results) -> Figure:
         text = cells.map(lambda e: f"{e.format(n=False)}\nn={e.n}".replace(" points", "") if e.n else "–")
         style = {"cmap": "PuOr_r", "vmin": -most, "vmax": most, "annot_kws": {"fontsize": 9}, "fmt": ""}
         style["cbar_kws"] = {"label": "points"}
-        sns.heatmap(cells.map(lambda e: 100 * e.value), annot=text, ax=panel, cbar=panel is axes[0, -1], **style)
+        colour = cells.map(lambda e: 100 * e.value if e.n >= LEAST or not e.n else 0)
+        sns.heatmap(colour, annot=text, ax=panel, cbar=panel is axes[0, -1], **style)
         measured = [e for e in cells.to_numpy().flat if e.n]  # seaborn leaves out the cells without a number
         for label, e in zip(panel.texts, measured, strict=True):
             label.set_weight("bold" if e.excludes() else "normal")
@@ -76,7 +87,7 @@ def heatmap(results: Results) -> Figure:
         panel.set(xlabel="labels flipped", ylabel="data")
         panel.set_title(f"{name}, points of test accuracy")
     alt = f"{' and '.join(table)} in test accuracy. A cell a regime: data size by label noise."
-    note = f"bold: the 95 % interval excludes zero. {CHOSEN}"
+    note = f"bold: the 95 % interval excludes zero; no colour: fewer than three pairs. {CHOSEN}"
     return describe(drawn, alt, results.caption(runs=finished(runs), note=note))
 
 
@@ -94,7 +105,7 @@ def rivals(results: Results) -> Figure:
     drawn, axes = figure(1, len(names), 1.4 + max(0.55, 0.11 * table.shape[1]) * len(cells), sharex=True, sharey=True)
     for panel, name in zip(axes[0], names, strict=True):
         panel.axvline(0, color=GREY, linewidth=1)
-        for k, (rival, marker) in enumerate(zip(table, "os^vDP", strict=False)):
+        for k, (rival, marker) in enumerate(zip(table, "os^vDPX", strict=False)):
             found = [table[rival].get((*cell, name), Estimate()) for cell in cells]
             value, half = 100 * np.array([(e.value, e.half) for e in found]).T
             style = {"fmt": marker, "color": f"C{k}", "label": rival, "markersize": 5, "linewidth": 1.2, "capsize": 2}
@@ -118,26 +129,39 @@ def rivals(results: Results) -> Figure:
 
 
 def sharpness(results: Results) -> Figure:
-    """Sharpness and the generalization gap: a panel a measure, a point a run, a line from mix to mix of one regime."""
-    rows = regimes.sharpness(results)
-    kinds = sorted(rows.kind.unique(), reverse=True)
-    drawn, axes = figure(1, len(kinds), 3.0, sharey=True)
-    for panel, kind in zip(axes[0], kinds, strict=True):
-        part = rows[rows.kind == kind]
-        for _, cell in part.groupby(list(REGIME)):
-            means = cell.groupby("mix")[["value", "gap"]].mean().loc[in_order(cell.mix)]
-            panel.plot(means.value, 100 * means.gap, color=GREY, linewidth=0.8, zorder=1)
-        for mix in in_order(part.mix):
-            of_mix = part[part.mix == mix]
-            panel.plot(of_mix.value, 100 * of_mix.gap, **look(mix, linestyle="", markersize=4, alpha=0.8))
-        panel.set_xscale("symlog", linthresh=max(1e-4, part.value.abs().quantile(0.1)))
-        panel.set_xlabel("nats")
-        panel.set_title(kind.replace(", ", ",\n"))
-    axes[0, 0].set_ylabel("gap, points")
-    legend(drawn)
-    alt = "Sharpness against the generalization gap, a point a run. A line joins the means of a regime's mixes."
-    note = "gap: accuracy on the training labels minus that on the test set; a line: one regime's means"
-    return describe(drawn, alt, results.caption(runs=rows.loc[~rows.index.duplicated()], note=f"{note}. {CHOSEN}"))
+    """SAM's gain against its flatness, a panel a measure of normalized logits, a point a regime: minus SGD's, filled,
+    and minus those of SGD of fewer epochs, hollow. Left of zero is flatter, above it better."""
+    kinds = [kind for kind in SHARPNESS if "normalized" in kind]
+    own = regimes.sharpness_differences(results).get("SAM − SGD", pd.Series(dtype=object))
+    found = {True: pd.DataFrame({kind: own[kind] for kind in kinds if kind in own.index.get_level_values(0)})}
+    found[True]["test_accuracy"] = regimes.gains(regimes.chosen(results)).get("SAM − SGD")
+    with suppress(NotMeasured):
+        found[False] = regimes.beside_shorter(results)
+    points = [
+        (kind, whole, at, row[kind], row.test_accuracy)
+        for whole, table in found.items() for kind in kinds if kind in table for at, row in table.iterrows()
+        if row[kind].n >= LEAST and row.test_accuracy.n >= LEAST
+    ]  # fmt: skip
+    if not points:
+        raise NotMeasured(f"no regime of {results.study.title!r} has the sharpness of {LEAST} pairs of SAM and SGD")
+    data, noise = (sorted({at[k] for _, _, at, *_ in points}) for k in (0, 1))
+    drawn, [row] = figure(1, len(kinds), 4.0, sharey=True)
+    for panel, kind in zip(row, kinds, strict=True):
+        for _, whole, at, flat, better in (p for p in points if p[0] == kind):
+            style = {"color": f"C{data.index(at[0])}", "marker": "osD^"[noise.index(at[1]) % 4], "elinewidth": 0.8}
+            style |= {"markerfacecolor": None if whole else "white", "label": setting_name(*at) if whole else None}
+            ends = {"xerr": flat.half, "yerr": 100 * better.half}
+            panel.errorbar(flat.value, 100 * better.value, **ends, **style, linestyle="", markersize=6, capsize=2)
+        panel.axhline(0, color=GREY, linewidth=1)
+        panel.axvline(0, color=GREY, linewidth=1)
+        panel.set(title=kind.removesuffix(", normalized logits"), xlabel="sharpness, nats: SAM minus SGD")
+    row[0].set_ylabel("test accuracy, points: SAM minus SGD")
+    legend(drawn, columns=3)
+    alt = "SAM minus SGD, and minus SGD of fewer epochs: test accuracy against sharpness. A point a regime."
+    note = "normalized logits; hollow: minus SGD of fewer epochs; 95 % intervals, of three pairs or more; left of zero "
+    note += f"is flatter, above better. {CHOSEN}"
+    runs = finished(regimes.chosen(results).query("mix in ('sgd', 'sam')"))
+    return describe(drawn, alt, results.caption(runs=runs, note=note))
 
 
 def sweep(results: Results) -> Figure:
@@ -149,10 +173,10 @@ def sweep(results: Results) -> Figure:
         panels[NAMES[value]] = [(part, value, look(mix)) for mix, part in mixes.items()]
     alt = "Accuracy and memorized labels over ρ, for each mix. The ρ that held-out training images choose is ringed."
     note = "ringed: the ρ that the held-out images choose, whose labels are flipped as the others are"
-    drawn = lines(results, panels, "rho", "ρ", alt, note, sharey=False, ylim=(0, None))
+    drawn = lines(results, panels, "rho", "ρ", alt, note, sharey=False)
     chosen = table[table.chosen != ""]
     for panel, value in zip(drawn.axes, table.columns.drop("chosen"), strict=True):
-        panel.set_ylim(top=min(panel.get_ylim()[1], 103))
+        panel.set_ylim(np.clip(panel.get_ylim(), -2, 103))
         rho_axis(panel, sorted(table.index.get_level_values("rho").unique()))
         y = [100 * e.value for e in chosen[value]]
         panel.plot(chosen.index.get_level_values("rho"), y, "o", markersize=12, markerfacecolor="none", color=GREY)

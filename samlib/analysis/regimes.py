@@ -1,8 +1,8 @@
 """The first document's tables, by data fraction and label noise, and Experiment 4's large batches.
 
 They read a study's grids by role (see `grid`): "regimes", "twice" (SGD, twice the epochs), "shorter" (fewer),
-"sweep" or "rho", "augmented", "batch". Where "regimes" has a mix at several ρ, each regime's is the one that is best on
-its held-out training images.
+"sweep" or "rho", "augmented", "ablation", "batch". Where "regimes" has a mix at several ρ, each regime's is the one
+that is best on its held-out training images.
 """
 
 from collections.abc import Iterator, Sequence
@@ -31,13 +31,15 @@ from samlib.analysis.stats import Estimate, correlation_over_seeds, expected_by_
 VALUES = ("test_accuracy", "eval_train_accuracy", "memorized", "memorized_chance", "corrected")
 
 
-ROLES = {"05_data_regimes": "regimes", "07_large_batch": "batch"}  # of the grid of a notebook
+ROLES = {  # of the grid of a notebook
+    "05_data_regimes": "regimes", "06_checkpoint_ablation": "ablation", "07_large_batch": "batch",
+}  # fmt: skip
 
 
 def grid(results: Results, *roles: str) -> str:
     """The loaded grid of the first of these roles that has finished runs; raises NotMeasured where there is none.
 
-    It is the one that was named when the results were loaded, else that of the study's own notebooks 05 and 07, else
+    It is the one that was named when the results were loaded, else that of the study's own notebooks (see ROLES), else
     that whose name is the role.
     """
     of_study = {}
@@ -122,8 +124,8 @@ def shorter(results: Results, mix: str = "sgd") -> pd.DataFrame:
 
 @once
 def rivals(results: Results) -> pd.DataFrame:
-    """Each mix's gain beside what cheaper means give SGD: stopping where it is best on held-out images, fewer epochs
-    (and what both have at fewer), or twice as many, which is as many gradient evaluations."""
+    """Each mix's gain beside what other means give SGD: stopping where it is best on held-out images, fewer epochs
+    (and what both have at fewer), twice as many, which is as many gradient evaluations, or augmentation."""
     runs = chosen(results)
     sgd, stopped = runs.mix == "sgd", runs.stopped_test_accuracy
     tables = {"last epoch": gains(runs)}
@@ -133,11 +135,31 @@ def rivals(results: Results) -> pd.DataFrame:
     with suppress(NotMeasured):
         tables["SGD of fewer epochs"] = gains(pd.concat([runs[~sgd], shorter(results)]), but=("epochs",))
         tables["both of fewer epochs"] = gains(pd.concat([shorter(results, "sam"), shorter(results)]), but=("epochs",))
-    with suppress(NotMeasured):
-        longer = results.planned(grid(results, "twice"))
-        tables["SGD of twice the epochs"] = gains(pd.concat([runs[~sgd], longer[longer.mix == "sgd"]]), but=("epochs",))
+    others = {"twice": ("SGD of twice the epochs", "epochs"), "augmented": ("SGD with augmentation", "augment")}
+    for role, (name, field) in others.items():
+        with suppress(NotMeasured):
+            rival = results.planned(grid(results, role)).query("mix == 'sgd'")
+            tables[name] = gains(pd.concat([runs[~sgd], rival]), but=(field,))
     table = pd.concat({name: table.stack() for name, table in tables.items() if len(table)}, axis=1)
     return table.rename_axis([*REGIME, "difference"]).map(lambda e: e if isinstance(e, Estimate) else Estimate())
+
+
+@once
+def levels(results: Results) -> pd.DataFrame:
+    """Test accuracy of SGD, of what else helps it, and of SAM: a row a regime with flipped labels, an empty Estimate
+    where a regime has none of it."""
+    runs = chosen(results)
+    sgd = runs[runs.mix == "sgd"]
+    found = {"SGD": sgd, "SAM": runs[runs.mix == "sam"]}
+    with suppress(NotMeasured):
+        found["SGD of fewer epochs"] = shorter(results)
+    with suppress(NotMeasured):
+        found["SGD with augmentation"] = results.planned(grid(results, "augmented")).query("mix == 'sgd'")
+    found = {name: estimates(rows, "test_accuracy", REGIME) for name, rows in found.items() if len(rows)}
+    clean, table = found["SGD"], pd.DataFrame(found)
+    clean = {at: clean[at[0], 0.0] for at in table.index if (at[0], 0.0) in clean.index}
+    table = table.assign(**{"SGD, clean labels": pd.Series(clean, dtype=object)}).query("noise_fraction > 0")
+    return table.map(lambda e: e if isinstance(e, Estimate) else Estimate())
 
 
 @once

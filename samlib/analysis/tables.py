@@ -128,7 +128,8 @@ def claims_page(found: Mapping[str, list[Results]]) -> HTML:
             for said in (table.loc[item.name] for table in ledgers.values()):
                 badge = f'<span class="v" style="{FRAMES[said.verdict]}">{SHAPES[said.verdict]} {said.verdict}</span>'
                 more = f"; n = {said.n}" if said.n and "n=" not in said.measured else ""
-                row.append((badge, said.measured + more))
+                there = said.verdict != NOT_MEASURED or item.reason  # of no runs of that kind the word says enough
+                row.append((badge, said.measured + more if there else ""))
             rows.append("".join(f"<td>{text}<br><small>{escape(small)}</small></td>" for text, small in row))
     body = "".join(f"<tr>{row}</tr>" for row in rows)
     return HTML(f'{STYLE}<table class="samlib claims">{body}</table>')

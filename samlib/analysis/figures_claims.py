@@ -1,0 +1,105 @@
+"""Figures of 09, of all studies: what flipped labels cost and what gives it back, and which checkpoint does it.
+
+They take the columns of `claim.columns`; studies whose runs are not of that kind are left out."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from samlib.analysis import ablation, figures, regimes
+from samlib.analysis.figures import GREY, look
+from samlib.analysis.figures_ablation import at
+from samlib.analysis.results import NotMeasured, Results, estimates, in_order, mix_name
+from samlib.analysis.stats import Estimate
+
+LEVELS = {
+    "SGD": look("sgd"), "SGD of fewer epochs": look("sgd", fillstyle="none"), "SAM": look("sam"),
+    "SGD with augmentation": look("sgd", marker="^", fillstyle="none"),
+    "SGD, clean labels": look("sgd", color=GREY, marker="|", markersize=12),
+}  # fmt: skip
+
+
+def each_study(found: Mapping[str, list[Results]]) -> Iterator[Results]:
+    """The studies of all columns, each once."""
+    yield from {results.study.path: results for parts in found.values() for results in parts}.values()
+
+
+def point(axes: Axes, e: Estimate, y: float, style: dict) -> None:
+    """An estimate with its interval, in percent or points."""
+    half = None if np.isnan(e.half) else 100 * e.half
+    axes.errorbar(100 * e.value, y, xerr=half, **style | {"linestyle": "", "capsize": 2.5, "elinewidth": 1.1})
+
+
+def counted(sizes: set[int]) -> str:
+    return f"n={min(sizes)}" + f" to {max(sizes)}" * (len(sizes) > 1)
+
+
+def rivals(found: Mapping[str, list[Results]]) -> Figure:
+    """Test accuracy at each study's strongest label noise, a row a data size: SGD, SGD of fewer epochs, SAM, SGD with
+    augmentation, and SGD with clean labels. Raises NotMeasured where no study has flipped labels and SAM."""
+    rows = {}
+    for results in each_study(found):
+        with suppress(NotMeasured):
+            table = regimes.levels(results)
+            for (data, noise), row in table[table.index.get_level_values(1) == table.index.levels[1].max()].iterrows():
+                there = row[[e.n > 0 for e in row]]
+                if {"SGD", "SAM"} <= {*there.index}:
+                    name = f"{results.study.name}: {100 * data:g} % of the data, {100 * noise:g} % flipped"
+                    rows[f"{name} ({counted({e.n for e in there})})"] = there
+    if not rows:
+        raise NotMeasured("no study has finished runs of SGD and SAM with flipped labels")
+    drawn, [[axes]] = figures.figure(height=1.5 + 0.45 * len(rows))
+    for y, row in enumerate(rows.values()):
+        for k, (name, style) in enumerate(LEVELS.items()):
+            if name in row:
+                point(axes, row[name], y + 0.14 * (k - 2), style | {"label": name})
+        if y % 2:
+            axes.axhspan(y - 0.5, y + 0.5, color=GREY, alpha=0.12, linewidth=0, zorder=0)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set(ylim=(len(rows) - 0.5, -0.5), xlabel="test accuracy at the end, %")
+    axes.grid(False, axis="y")
+    figures.legend(drawn, columns=5)
+    data = {r.study.name: r.study.dataset for r in each_study(found) if any(r.study.name in name for name in rows)}
+    caption = "; ".join(f"{name}: {dataset}" for name, dataset in data.items())
+    caption += ". Means and 95 % intervals over seeds; of several ρ, and of several numbers of epochs where these are "
+    caption += "fewer, the one that is best on held-out training images"
+    alt = "Test accuracy with flipped labels of SGD and SAM, beside what else helps SGD."
+    return figures.describe(drawn, alt, caption)
+
+
+def checkpoints(found: Mapping[str, list[Results]]) -> Figure:
+    """A panel a study with an ablation: test accuracy above SGD's of SAM, and of the updates whose checkpoints are
+    shuffled in a control, with it. Raises NotMeasured where no study has such a control."""
+    panels, own = {}, ""  # by title; what has a ρ of its own
+    for results in each_study(found):
+        with suppress(NotMeasured):
+            grid = regimes.grid(results, "ablation")
+            rho, rows = ablation.shown_rho(results, grid), ablation.paired(results, "test_accuracy", grid)
+            rows = at(rho, rows, "difference")
+            of = estimates(rows, "difference", ("mix",))
+            if any(mix.startswith("shuffled-") for mix in of.index):
+                panels[f"{results.study.name}\nρ = {rho:g}"] = of
+                other = rows[(rows.rho != rho) & ~rows.mix.str.startswith("shuffled-")].groupby("mix").rho.first()
+                own += "".join(f"; {mix_name(mix)} at ρ = {r:g} ({results.study.name})" for mix, r in other.items())
+    if not panels:
+        raise NotMeasured("no study has finished runs of a checkpoint and of its shuffled control")
+    mixes = in_order({"sam"} | {mix for of in panels.values() for mix in of.index if f"shuffled-{mix}" in of})
+    drawn, [row] = figures.figure(1, len(panels), height=1.5 + 0.32 * len(mixes), sharey=True)
+    for axes, (title, of) in zip(row, panels.items(), strict=True):
+        for y, mix in enumerate(mixes):
+            for shown, above in ((mix, -0.12), (f"shuffled-{mix}", 0.16)):
+                if shown in of:
+                    point(axes, of[shown], y + above, look(shown))
+        axes.axvline(0, **look("sgd", marker="", linewidth=1))
+        axes.axvline(100 * of["sam"].value, **look("sam", marker="", linewidth=1))
+        axes.set_title(f"{title} ({counted({e.n for e in of[of.index.isin(mixes)]})})")
+        axes.set_xlabel("points above SGD")
+    row[0].set_yticks(range(len(mixes)), [mix_name(mix) for mix in mixes])
+    row[0].set_ylim(len(mixes) - 0.4, -0.6)
+    caption = "Test accuracy minus SGD's, paired by seed, mean and 95 % interval. Filled: SAM's gradient for the "
+    caption += "parameters of that checkpoint, SGD's for the others (SANER: SAM's, checkpoint 2's halved); hollow: the "
+    caption += f"same with as many random parameters of each layer. Dashed: SAM{own}"
+    return figures.describe(drawn, "Each checkpoint alone beside as many random parameters, above SGD.", caption)
