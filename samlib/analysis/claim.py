@@ -81,10 +81,12 @@ class Claim:
         Of a study all or none: what it yields before a NotMeasured is a part of the claim. Studies may share runs, and
         the same comparison of the same measured is one finding; of another measured it has its study in `where`.
         """
-        found, once, lacking = [], {}, []
+        found, once, lacking, key = [], {}, [], f"claim {self.name}"
         for results in studies if self.function else ():
             try:
-                found += [(f, results.study.name) for f in self.function(results)]
+                if key not in results.computed:  # a page and a README ask for it again and again
+                    results.computed[key] = list(self.function(results))
+                found += [(f, results.study.name) for f in results.computed[key]]
             except NotMeasured as error:
                 lacking.append(Finding("", "", NOT_MEASURED, str(error)))
         for f, study in found:
