@@ -355,7 +355,7 @@ def test_the_notebook_reads_a_study_that_lacks_most_arms(tmp_path, monkeypatch, 
     notebook = nbformat.read(PROJECT / f"notebooks/{name}.ipynb", 4)
     given = {"study": str(tmp_path / "s.yaml"), "root": str(tmp_path / "runs"), "figures": str(tmp_path / "figures")}
     given |= {"probes": "ablation", "shorter": "ablation"} if name.startswith("08") else {}
-    namespace: dict = {"In": [""]}
+    namespace: dict = {"In": [""], "display": lambda *shown: shown}
     monkeypatch.chdir(tmp_path)
     for cell in (c for c in notebook.cells if c.cell_type == "code"):
         namespace["In"].append(cell.source)

@@ -288,6 +288,7 @@ def test_large_batches_are_compared_at_their_rate_and_faster_ones_with_themselve
 def test_the_claims_say_what_the_made_up_numbers_mean(results):
     said = ledger(results, "05_data_regimes", brief=True).verdict
     assert said.sam_ends_flatter == "holds" and said.gain_grows_with_noise == "undecided"
+    assert said.sam_beats_sgd_with_crops_and_flips == "undecided"  # and measured
     assert said.sam_beats_sgd_in_most_regimes == "undecided"  # four of four are not six of six
     assert said.sam_loses_at_ten_percent_clean == said.hours_on_an_a100 == "not measured"
     (clean,) = [c for c in claims("05_data_regimes") if c.name == "sam_beats_sgd_on_all_clean_data"]
@@ -334,8 +335,35 @@ def test_levels_are_means_of_the_runs_that_each_name_says(results):
     for name, value in (expected | {"SGD, clean labels": 0.5}).items():
         assert (table[name][1.0, 0.4].value, table[name][1.0, 0.4].n) == (pytest.approx(value + seeds), 3), name
     assert table["SGD with augmentation"][0.2, 0.4].n == table["SGD of fewer epochs"][0.2, 0.4].n == 0
+    assert table["SGD with augmentation, clean labels"][1.0, 0.4].n == 0
     gain = regimes.rivals(results)["SGD with augmentation"][1.0, 0.4, "SAM − SGD"]
     assert (gain.value, gain.n) == (pytest.approx(0.515 - 0.52), 3)
+
+
+def test_where_the_regimes_are_augmented_augmentation_is_no_rival(root, tmp_path):
+    grids = {"regimes": GRIDS["augmented"], "augmented": GRIDS["augmented"]}
+    results = load(write_study(tmp_path / "a.yaml", grids, BASE), root / "runs")
+    assert "SGD with augmentation" not in regimes.rivals(results)
+    assert list(regimes.levels(results)) == ["SGD", "SAM", "SGD, clean labels"]
+
+
+def test_levels_need_sgd(root, tmp_path):
+    results = load(write_study(tmp_path / "b.yaml", {"regimes": REGIMES | {"arm": ARMS[1:]}}, BASE), root / "runs")
+    with pytest.raises(NotMeasured, match="no runs of SGD"):
+        regimes.levels(results)
+
+
+def test_a_cell_of_fewer_than_three_pairs_has_no_colour_and_no_point(root, tmp_path):
+    study = Study.load(root / "s.yaml")
+    for c in study.configs("regimes"):
+        if (c.data_fraction, c.noise_fraction) != (1.0, 0.4) or c.seed == 0:
+            shutil.copytree(root / "runs" / c.run_id, tmp_path / c.run_id)
+    few = load(study, tmp_path, ["regimes"])
+    drawn = figures_regimes.heatmap(few)
+    values = drawn.axes[0].collections[0].get_array().ravel().tolist()
+    assert values == pytest.approx([1, 3, 0.5, 0])
+    panel = figures_regimes.sharpness(few).axes[0]
+    assert sorted(round(float(m[0].get_ydata()[0]), 4) for m in panel.containers) == [0.5, 1.0, 3.0]
 
 
 def test_a_point_of_the_figure_of_flatness_is_sams_difference_in_sharpness_and_accuracy(results):

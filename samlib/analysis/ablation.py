@@ -55,8 +55,8 @@ def fitted(results: Results, grid: Grids = None) -> pd.DataFrame:
 
 
 def memorizing(as_much: float, curve: pd.DataFrame) -> pd.Series:
-    """The row between the last two rows of a curve, the first of which memorizes as much or less and the second as much
-    or more: linear, or their mean where both memorize as much; NaN where there are none."""
+    """A row between two neighbouring rows of a curve, the last two of which the first memorizes as much or less and the
+    second as much or more: linear, or their mean where both memorize as much; NaN where there are none."""
     m = curve.memorized.to_numpy()
     found = np.flatnonzero((m[:-1] <= as_much) & (as_much <= m[1:]))
     if not len(found):

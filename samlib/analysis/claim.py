@@ -84,7 +84,7 @@ class Claim:
         found, once, lacking, key = [], {}, [], f"claim {self.name}"
         for results in studies if self.function else ():
             try:
-                if key not in results.computed:  # a page and a README ask for it again and again
+                if key not in results.computed:  # a page asks for it several times
                     results.computed[key] = list(self.function(results))
                 found += [(f, results.study.name) for f in results.computed[key]]
             except NotMeasured as error:
@@ -158,8 +158,7 @@ def overall(findings: Iterable[Finding], every: bool = False) -> str:
 
 def in_short(findings: list[Finding], every: bool = False) -> str:
     """What was measured: of one finding as it stands, of several how many (of their settings, see `settled`) have which
-    verdict, and where all measure the same thing their range, of those with as many runs as a verdict needs where there
-    are any."""
+    verdict, and where all measure the same thing their range: of those that could be decided, where there are any."""
     if len(findings) < 2:
         return "".join(str(f.measured) or f.note for f in findings)
     verdicts, text = settled(findings, every), plural(len(findings), "comparison")
@@ -168,13 +167,11 @@ def in_short(findings: list[Finding], every: bool = False) -> str:
     counts = {v: verdicts.count(v) for v in (HOLDS, CONTRADICTED, UNDECIDED)}
     text += ": " + ", ".join(f"{n} {'hold' if v == HOLDS and n > 1 else v}" for v, n in counts.items() if n)
     found = [f.measured for f in findings if isinstance(f.measured, Estimate)]
-    if len(found) < len(findings) or len({(e.unit, e.signed) for e in found}) > 1:
+    alike = {(f.what, f.measured.unit, f.measured.signed) for f in findings if isinstance(f.measured, Estimate)}
+    if len(found) < len(findings) or len(alike) > 1:
         return text
-    found = sorted([e for e in found if e.n >= LEAST] or found, key=lambda e: e.value)
-    least, most = (e.format(n=False) for e in (found[0], found[-1]))
-    if least == most:
-        return f"{least}; {text}"
-    return text if len({f.what for f in findings}) > 1 else f"{least} to {most}; {text}"
+    ends = [end([e for e in found if e.n >= LEAST] or found, key=lambda e: e.value) for end in (min, max)]
+    return f"{' to '.join(dict.fromkeys(e.format(n=False) for e in ends))}; {text}"
 
 
 def counted(findings: Iterable[Finding]) -> str:

@@ -38,8 +38,8 @@ def at(rho: float, rows: pd.DataFrame, value: str) -> pd.DataFrame:
 def dots(results: Results, values: Iterable[str], grid: Grids = None, minus_sgd: bool = False) -> Figure:
     """A row an update, a panel a value: its level at one ρ, or at its own where it was trained at another alone, with
     what chance memorizes as a tick, or its difference to SGD; below it each seed's own. SAM's value is carried down as
-    a line; n stands beside an update with fewer runs. Limits are around the seeds: an interval much wider than their
-    range is cut off, and an update far from all others stands at the edge as a number."""
+    a line, where it has all seeds; n stands beside an update with fewer runs. Limits are around the seeds: an interval
+    much wider than their range is cut off, and an update far from all others stands at the edge as a number."""
     rho, panels = ablation.shown_rho(results, grid), {}
     for value in values:
         rows = ablation.paired(results, value, grid) if minus_sgd else trainings(results.of(value, grid))
@@ -159,7 +159,7 @@ def labels_fitted(results: Results, grids: Grids) -> Figure:
             of = of[of.mix == "sgd"]
             if len(of) > 1:
                 axes.plot(100 * of.memorized, 100 * of[y], zorder=1, **style)
-        frame = 100 * rows[y][rows.mix.isin(shown)]  # an update that does not train lies below it
+        frame = 100 * rows[y][rows.fits > rows.fits[rows.mix == "sgd"].min() / 2]  # what does not train lies below it
         axes.set(title=title, xlabel="flips memorized, %", ylim=(frame.min() - 2, frame.max() + 2))
     figures.legend(drawn, columns=4)
     alt = "Test accuracy, and the share of the clean labels that is fitted, against flips memorized: a point a run."

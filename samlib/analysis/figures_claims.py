@@ -19,12 +19,16 @@ LEVELS = {
     "SGD": look("sgd"), "SGD of fewer epochs": look("sgd", fillstyle="none"), "SAM": look("sam"),
     "SGD with augmentation": look("sgd", marker="^", fillstyle="none"),
     "SGD, clean labels": look("sgd", color=GREY, marker="|", markersize=12),
+    "SGD with augmentation, clean labels": look("sgd", color=GREY, marker="x", markersize=6),
 }  # fmt: skip
 
 
 def each_study(found: Mapping[str, list[Results]]) -> Iterator[Results]:
-    """The studies of all columns, each once."""
-    yield from {results.study.path: results for parts in found.values() for results in parts}.values()
+    """The studies of all columns, each once, as the first column that has it."""
+    first = {}
+    for results in (results for parts in found.values() for results in parts):
+        first.setdefault(results.study.path, results)
+    yield from first.values()
 
 
 def point(axes: Axes, e: Estimate, y: float, style: dict) -> None:
@@ -40,29 +44,30 @@ def counted(sizes: set[int]) -> str:
 def rivals(found: Mapping[str, list[Results]]) -> Figure:
     """Test accuracy at each study's strongest label noise, a row a data size: SGD, SGD of fewer epochs, SAM, SGD with
     augmentation, and SGD with clean labels. Raises NotMeasured where no study has flipped labels and SAM."""
-    rows = {}
+    rows, data = {}, {}
     for results in each_study(found):
         with suppress(NotMeasured):
             table = regimes.levels(results)
-            for (data, noise), row in table[table.index.get_level_values(1) == table.index.levels[1].max()].iterrows():
+            augmented = ", augmented" * bool(regimes.chosen(results).augment.all())
+            for (size, noise), row in table[table.index.get_level_values(1) == table.index.levels[1].max()].iterrows():
                 there = row[[e.n > 0 for e in row]]
                 if {"SGD", "SAM"} <= {*there.index}:
-                    name = f"{results.study.name}: {100 * data:g} % of the data, {100 * noise:g} % flipped"
+                    name = f"{results.study.name}: {100 * size:g} % of the data{augmented}, {100 * noise:g} % flipped"
                     rows[f"{name} ({counted({e.n for e in there})})"] = there
+                    data[results.study.name] = results.study.dataset
     if not rows:
         raise NotMeasured("no study has finished runs of SGD and SAM with flipped labels")
-    drawn, [[axes]] = figures.figure(height=1.5 + 0.45 * len(rows))
+    drawn, [[axes]] = figures.figure(height=1.6 + 0.45 * len(rows))
     for y, row in enumerate(rows.values()):
         for k, (name, style) in enumerate(LEVELS.items()):
             if name in row:
-                point(axes, row[name], y + 0.14 * (k - 2), style | {"label": name})
+                point(axes, row[name], y + 0.13 * (k - 2.5), style | {"label": name})
         if y % 2:
             axes.axhspan(y - 0.5, y + 0.5, color=GREY, alpha=0.12, linewidth=0, zorder=0)
     axes.set_yticks(range(len(rows)), rows)
     axes.set(ylim=(len(rows) - 0.5, -0.5), xlabel="test accuracy at the end, %")
     axes.grid(False, axis="y")
-    figures.legend(drawn, columns=5)
-    data = {r.study.name: r.study.dataset for r in each_study(found) if any(r.study.name in name for name in rows)}
+    figures.legend(drawn, columns=3)
     caption = "; ".join(f"{name}: {dataset}" for name, dataset in data.items())
     caption += ". Means and 95 % intervals over seeds; of several ρ, and of several numbers of epochs where these are "
     caption += "fewer, the one that is best on held-out training images"
@@ -94,8 +99,9 @@ def checkpoints(found: Mapping[str, list[Results]]) -> Figure:
                 if shown in of:
                     point(axes, of[shown], y + above, look(shown))
         axes.axvline(0, **look("sgd", marker="", linewidth=1))
-        axes.axvline(100 * of["sam"].value, **look("sam", marker="", linewidth=1))
-        axes.set_title(f"{title} ({counted({e.n for e in of[of.index.isin(mixes)]})})")
+        if "sam" in of:
+            axes.axvline(100 * of["sam"].value, **look("sam", marker="", linewidth=1))
+        axes.set_title(f"{title} ({counted({of[m].n for k in mixes for m in (k, f'shuffled-{k}') if m in of})})")
         axes.set_xlabel("points above SGD")
     row[0].set_yticks(range(len(mixes)), [mix_name(mix) for mix in mixes])
     row[0].set_ylim(len(mixes) - 0.4, -0.6)

@@ -70,7 +70,8 @@ def heatmap(results: Results) -> Figure:
     if table.empty:
         raise NotMeasured(f"no regime of {results.study.title!r} has a pair of runs")
     grids = {name: column.unstack("noise_fraction", fill_value=Estimate()) for name, column in table.items()}
-    most, (rows, columns) = 100 * table.map(lambda e: abs(e.value)).max().max(), [*grids.values()][0].shape
+    decidable = table.map(lambda e: abs(e.value) if e.n >= LEAST else np.nan)
+    most, (rows, columns) = 100 * np.nan_to_num(decidable.max().max()) or 1, [*grids.values()][0].shape
     drawn, axes = figure(1, len(grids), 1.2 + 0.75 * rows, width=1.5 + 1.6 * columns * len(grids))
     for panel, (name, cells) in zip(axes[0], grids.items(), strict=True):
         text = cells.map(lambda e: f"{e.format(n=False)}\nn={e.n}".replace(" points", "") if e.n else "–")
@@ -98,7 +99,7 @@ def number_of_epochs(runs: pd.DataFrame) -> str:
 
 
 def rivals(results: Results) -> Figure:
-    """Each mix's gain over SGD, over SGD stopped early, of fewer epochs and of twice as many, in each regime."""
+    """Each mix's gain over SGD, and over SGD stopped early, of fewer epochs, of twice as many, or with augmentation."""
     table = regimes.rivals(results)
     names = list(dict.fromkeys(table.index.get_level_values("difference")))
     cells = sorted({key[:2] for key in table.index}, reverse=True)
@@ -118,7 +119,7 @@ def rivals(results: Results) -> Figure:
         panel.set_yticklabels([setting_name(*cell) for cell in cells])
         panel.set_title(name)
     legend(drawn)
-    alt = f"{' and '.join(names)} at the end, and against SGD stopped early, or trained shorter or twice as long."
+    alt = f"{' and '.join(names)} at the end, and against SGD stopped early, of fewer or more epochs, or augmented."
     note = "when it stops: best on held-out training images" * ("SGD stopped early" in table)
     if "SGD of fewer epochs" in table:
         note += ", as is the number of fewer epochs: " + number_of_epochs(regimes.shorter(results))
@@ -137,6 +138,7 @@ def sharpness(results: Results) -> Figure:
     found[True]["test_accuracy"] = regimes.gains(regimes.chosen(results)).get("SAM − SGD")
     with suppress(NotMeasured):
         found[False] = regimes.beside_shorter(results)
+    found = {whole: table.map(lambda e: e if isinstance(e, Estimate) else Estimate()) for whole, table in found.items()}
     points = [
         (kind, whole, at, row[kind], row.test_accuracy)
         for whole, table in found.items() for kind in kinds if kind in table for at, row in table.iterrows()
@@ -149,7 +151,7 @@ def sharpness(results: Results) -> Figure:
     for panel, kind in zip(row, kinds, strict=True):
         for _, whole, at, flat, better in (p for p in points if p[0] == kind):
             style = {"color": f"C{data.index(at[0])}", "marker": "osD^"[noise.index(at[1]) % 4], "elinewidth": 0.8}
-            style |= {"markerfacecolor": None if whole else "white", "label": setting_name(*at) if whole else None}
+            style |= {"label": setting_name(*at)} | ({} if whole else {"markerfacecolor": "white"})
             ends = {"xerr": flat.half, "yerr": 100 * better.half}
             panel.errorbar(flat.value, 100 * better.value, **ends, **style, linestyle="", markersize=6, capsize=2)
         panel.axhline(0, color=GREY, linewidth=1)
@@ -160,7 +162,8 @@ def sharpness(results: Results) -> Figure:
     alt = "SAM minus SGD, and minus SGD of fewer epochs: test accuracy against sharpness. A point a regime."
     note = "normalized logits; hollow: minus SGD of fewer epochs; 95 % intervals, of three pairs or more; left of zero "
     note += f"is flatter, above better. {CHOSEN}"
-    runs = finished(regimes.chosen(results).query("mix in ('sgd', 'sam')"))
+    shown, runs = {at for _, _, at, *_ in points}, finished(regimes.chosen(results).query("mix in ('sgd', 'sam')"))
+    runs = runs[[at in shown for at in zip(runs.data_fraction, runs.noise_fraction, strict=True)]]
     return describe(drawn, alt, results.caption(runs=runs, note=note))
 
 

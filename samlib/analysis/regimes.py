@@ -122,6 +122,19 @@ def shorter(results: Results, mix: str = "sgd") -> pd.DataFrame:
     return pd.concat(found)
 
 
+def twice(results: Results) -> pd.DataFrame:
+    """SGD's planned runs of twice the epochs. Raises NotMeasured where there is no such grid."""
+    return trainings(results.planned(grid(results, "twice")).query("mix == 'sgd'"))
+
+
+def augmented(results: Results) -> pd.DataFrame:
+    """SGD's planned runs with augmentation. Raises NotMeasured where there are none, or the regimes have it, too."""
+    runs = trainings(results.planned(grid(results, "augmented")).query("mix == 'sgd' and augment"))
+    if runs.empty or chosen(results).augment.any():
+        raise NotMeasured(f"{results.study.title!r} has no runs of SGD with augmentation beside others without")
+    return runs
+
+
 @once
 def rivals(results: Results) -> pd.DataFrame:
     """Each mix's gain beside what other means give SGD: stopping where it is best on held-out images, fewer epochs
@@ -135,11 +148,9 @@ def rivals(results: Results) -> pd.DataFrame:
     with suppress(NotMeasured):
         tables["SGD of fewer epochs"] = gains(pd.concat([runs[~sgd], shorter(results)]), but=("epochs",))
         tables["both of fewer epochs"] = gains(pd.concat([shorter(results, "sam"), shorter(results)]), but=("epochs",))
-    others = {"twice": ("SGD of twice the epochs", "epochs"), "augmented": ("SGD with augmentation", "augment")}
-    for role, (name, field) in others.items():
+    for name, rival, field in (("of twice the epochs", twice, "epochs"), ("with augmentation", augmented, "augment")):
         with suppress(NotMeasured):
-            rival = results.planned(grid(results, role)).query("mix == 'sgd'")
-            tables[name] = gains(pd.concat([runs[~sgd], rival]), but=(field,))
+            tables[f"SGD {name}"] = gains(pd.concat([runs[~sgd], rival(results)]), but=(field,))
     table = pd.concat({name: table.stack() for name, table in tables.items() if len(table)}, axis=1)
     return table.rename_axis([*REGIME, "difference"]).map(lambda e: e if isinstance(e, Estimate) else Estimate())
 
@@ -147,19 +158,21 @@ def rivals(results: Results) -> pd.DataFrame:
 @once
 def levels(results: Results) -> pd.DataFrame:
     """Test accuracy of SGD, of what else helps it, and of SAM: a row a regime with flipped labels, an empty Estimate
-    where a regime has none of it."""
+    where a regime has none of it. Raises NotMeasured where SGD has none."""
     runs = chosen(results)
-    sgd = runs[runs.mix == "sgd"]
-    found = {"SGD": sgd, "SAM": runs[runs.mix == "sam"]}
+    found = {"SGD": runs[runs.mix == "sgd"], "SAM": runs[runs.mix == "sam"]}
     with suppress(NotMeasured):
         found["SGD of fewer epochs"] = shorter(results)
     with suppress(NotMeasured):
-        found["SGD with augmentation"] = results.planned(grid(results, "augmented")).query("mix == 'sgd'")
-    found = {name: estimates(rows, "test_accuracy", REGIME) for name, rows in found.items() if len(rows)}
-    clean, table = found["SGD"], pd.DataFrame(found)
-    clean = {at: clean[at[0], 0.0] for at in table.index if (at[0], 0.0) in clean.index}
-    table = table.assign(**{"SGD, clean labels": pd.Series(clean, dtype=object)}).query("noise_fraction > 0")
-    return table.map(lambda e: e if isinstance(e, Estimate) else Estimate())
+        found["SGD with augmentation"] = augmented(results)
+    table = pd.DataFrame({n: estimates(rows, "test_accuracy", REGIME) for n, rows in found.items() if len(rows)})
+    if "SGD" not in table:
+        raise NotMeasured(f"{results.study.title!r} has no runs of SGD by regime")
+    for name in ("SGD", "SGD with augmentation"):
+        if name in table:
+            clean = [table[name].get((data, 0.0)) for data, _ in table.index]
+            table[f"{name}, clean labels"] = pd.Series(clean, table.index, dtype=object)
+    return table.query("noise_fraction > 0").map(lambda e: e if isinstance(e, Estimate) else Estimate())
 
 
 @once

@@ -35,7 +35,7 @@ NUMBER = re.compile(r"(<!-- (?P<column>\w+) (?P<claim>\w+)(?:: (?P<comparison>[^
 TABLES = {
     "Accuracy": regimes.accuracy,
     "SAM and SANER minus SGD": regimes.tally,
-    "Against stopping early and twice the epochs": regimes.rivals,
+    "Against what else helps SGD": regimes.rivals,
     "Sharpness minus SGD's": regimes.sharpness_differences,
     "SAM minus SGD of fewer epochs": regimes.beside_shorter,
     "Sharpness and the generalization gap": regimes.gap_correlations,

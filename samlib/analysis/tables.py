@@ -116,7 +116,7 @@ def claims_page(found: Mapping[str, list[Results]]) -> HTML:
     """The ledger of all claims: a row a claim under its subject's document, a column a study (claim.columns)."""
     ledgers = {name: ledger(parts) for name, parts in found.items()}
     head = "".join(f'<th style="width:{48 // max(1, len(ledgers))}%">{escape(name)}</th>' for name in ledgers)
-    rows = [f'<th style="width:30%">claim</th><th style="width:22%">rule, fixed before the numbers</th>{head}']
+    rows = [f'<th style="width:30%">claim</th><th style="width:22%">rule</th>{head}']
     for subject, (title, link) in DOCUMENTS.items():
         heading = f'<a href="{link}">{escape(title)}</a>'
         rows.append(f'<th class="subject" colspan="{2 + len(ledgers)}">{heading}</th>')
@@ -126,10 +126,11 @@ def claims_page(found: Mapping[str, list[Results]]) -> HTML:
             about = source + number + (f"See {item.notebook}." if item.notebook else "")
             row = [(escape(item.words), about), ("", item.rule or "none: it cannot be measured here")]
             for said in (table.loc[item.name] for table in ledgers.values()):
-                badge = f'<span class="v" style="{FRAMES[said.verdict]}">{SHAPES[said.verdict]} {said.verdict}</span>'
                 more = f"; n = {said.n}" if said.n and "n=" not in said.measured else ""
-                there = said.verdict != NOT_MEASURED or item.reason  # of no runs of that kind the word says enough
-                row.append((badge, said.measured + more if there else ""))
+                aside = said.verdict == NOT_MEASURED and not item.reason  # what a column lacks: on pointing at it
+                look = f'style="{FRAMES[said.verdict]}"' + f' title="{escape(said.measured)}"' * aside
+                badge = f'<span class="v" {look}>{SHAPES[said.verdict]} {said.verdict}</span>'
+                row.append((badge, "" if aside else said.measured + more))
             rows.append("".join(f"<td>{text}<br><small>{escape(small)}</small></td>" for text, small in row))
     body = "".join(f"<tr>{row}</tr>" for row in rows)
     return HTML(f'{STYLE}<table class="samlib claims">{body}</table>')
