@@ -43,6 +43,9 @@ def test_a_number_in_the_readmes_prose_is_what_a_comparison_measured(found):
     new = readme(text, found)
     assert f"{mark}+10.0 ± 0.1 points (n=3)<!-- / -->; it <!-- here sam_beats_sgd -->holds<!-- / -->." in new
     assert readme(new, found) == new
+    for form, shown in (("short", "+10.0 ± 0.1"), ("no unit", "+10.0 ± 0.1 (n=3)")):
+        part = f"<!-- here sam_beats_sgd: 100 % of the data, 40 % flipped; {form} -->"
+        assert readme(f"{part}<!-- / -->", found) == f"{part}{shown}<!-- / -->"
     twice, mark = found | {"again": found["here"]}, "<!-- again repeated: alike -->"
     alike = repeated(twice).alike["again"]
     assert alike > 0 and readme(f"{mark}<!-- / -->", twice) == f"{mark}{alike}<!-- / -->"

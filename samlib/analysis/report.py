@@ -14,7 +14,7 @@ from samlib import PROJECT
 from samlib.analysis import regimes
 from samlib.analysis.claim import claims, columns, ledger, overall, repeated
 from samlib.analysis.results import NotMeasured, Results, load
-from samlib.analysis.stats import NOT_MEASURED
+from samlib.analysis.stats import NOT_MEASURED, Estimate
 from samlib.analysis.tables import SHAPES, markdown
 from samlib.config import UserError
 from samlib.runs import write_atomic
@@ -72,7 +72,7 @@ def readme_table(found: Mapping[str, list[Results]]) -> str:
 
 def readme_number(found: Mapping[str, list[Results]], column: str, claim: str, comparison: str | None) -> str:
     """What one comparison of a claim measured in a column, or the claim's verdict where none is named; of `repeated`, a
-    number of its row.
+    number of its row. A comparison that ends in "; no unit" is an estimate without it, and in "; short" without n, too.
 
     Raises UserError where there is no such column, claim or comparison.
     """
@@ -83,12 +83,18 @@ def readme_number(found: Mapping[str, list[Results]], column: str, claim: str, c
         there = ", ".join(found)
         raise UserError(f"README: there is no claim {claim!r} with a column {column!r}; the columns are {there}")
     findings = named[0].findings(*found[column])
-    said = {f.comparison: str(f.measured) for f in findings} | {None: overall(findings, named[0].every)}
+    if comparison is None:
+        return overall(findings, named[0].every)
+    comparison, _, form = comparison.partition("; ")
+    said = {f.comparison: f.measured for f in findings}
     if comparison not in said:  # studies that agree by now are told apart no more
-        comparison = re.sub(r" \([\w-]+\)$", "", comparison or "")
+        comparison = re.sub(r" \([\w-]+\)$", "", comparison)
     if comparison not in said:
-        raise UserError(f"README: {claim} has no comparison {comparison!r}; it has {', '.join(filter(None, said))}")
-    return said[comparison]
+        raise UserError(f"README: {claim} has no comparison {comparison!r}; it has {', '.join(said)}")
+    measured = said[comparison]
+    if form in ("short", "no unit") and isinstance(measured, Estimate):
+        return measured.format(n=form == "no unit").replace(f" {measured.unit}", "")
+    return str(measured)
 
 
 def readme(text: str, found: Mapping[str, list[Results]]) -> str:
