@@ -11,7 +11,7 @@ import yaml
 from fake_runs import write_run, write_study
 from scipy import stats
 
-from samlib.analysis import figures_regimes, regimes
+from samlib.analysis import figures_claims, figures_regimes, regimes
 from samlib.analysis.claim import claims, ledger
 from samlib.analysis.figures import faults
 from samlib.analysis.results import SHARPNESS, NotMeasured, load
@@ -373,6 +373,8 @@ def test_a_point_of_the_figure_of_flatness_is_sams_difference_in_sharpness_and_a
     flat, better = -0.1, {(0.2, 0.0): 1.0, (0.2, 0.4): 3.0, (1.0, 0.0): 0.5, (1.0, 0.4): 1.5}
     assert at(m for m in panel.containers if m not in hollow) == {(flat, y) for y in better.values()}
     assert at(hollow) == {(round(flat - 0.05, 4), 1.3)}  # minus SGD of four epochs
+    drawn = figures_claims.flatness({"a": [results]})
+    assert not faults(drawn) and [at(panel.containers) for panel in drawn.axes] == [at(hollow)] * 2
 
 
 def test_missing_and_diverged_runs_are_in_no_mean_and_are_counted(root, tmp_path):

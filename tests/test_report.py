@@ -132,7 +132,7 @@ def test_the_figures_of_all_studies_have_a_row_or_a_panel_a_study_and_can_be_rea
     own = load(found["plain"][0].study, tmp_path / "controls")
     first = next(figures_claims.each_study({"own": [own]} | found))
     assert first is own and len([*figures_claims.each_study({"own": [own]} | found)]) == 2
-    for drawn in (figures_claims.rivals, figures_claims.checkpoints):
+    for drawn in (figures_claims.rivals, figures_claims.flatness, figures_claims.checkpoints):
         with pytest.raises(NotMeasured):
             drawn({})
 

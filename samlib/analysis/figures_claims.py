@@ -1,4 +1,4 @@
-"""Figures of 09, of all studies: what flipped labels cost and what gives it back, and which checkpoint does it.
+"""Figures of 09, of all studies: flipped labels and what helps, flatness and gain, and which checkpoint does it.
 
 They take the columns of `claim.columns`; studies whose runs are not of that kind are left out."""
 
@@ -6,13 +6,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from samlib.analysis import ablation, figures, regimes
+from samlib.analysis import ablation, figures, figures_regimes, regimes
 from samlib.analysis.figures import GREY, look
 from samlib.analysis.figures_ablation import at
-from samlib.analysis.results import NotMeasured, Results, estimates, in_order, mix_name
+from samlib.analysis.results import NotMeasured, Results, estimates, in_order, mix_name, setting_name
 from samlib.analysis.stats import Estimate
 
 LEVELS = {
@@ -73,6 +74,28 @@ def rivals(found: Mapping[str, list[Results]]) -> Figure:
     caption += "fewer, the one that is best on held-out training images"
     alt = "Test accuracy with flipped labels of SGD and SAM, beside what else helps SGD."
     return figures.describe(drawn, alt, caption)
+
+
+def flatness(found: Mapping[str, list[Results]]) -> Figure:
+    """SAM's gain over SGD of fewer epochs against its flatness beside that, at each study's strongest label noise: a
+    point a study and data size, see figures_regimes.quadrants. Raises NotMeasured where no study has any."""
+    parts = []
+    for results in each_study(found):
+        with suppress(NotMeasured):
+            rows = figures_regimes.flat_and_better(results)
+            rows = rows[rows.shorter & (rows.noise_fraction == rows.noise_fraction.max())]
+            label = [setting_name(*at) for at in zip(rows.data_fraction, rows.noise_fraction, strict=True)]
+            parts.append(
+                rows.assign(
+                    label=[f"{results.study.name}: {at} (n={e.n})" for at, e in zip(label, rows.better, strict=True)]
+                )
+            )
+    rows = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+    if rows.empty:
+        raise NotMeasured("no study has the sharpness of SAM and of SGD of fewer epochs")
+    at = pd.factorize(rows.label)[0]
+    rows = rows.assign(color=[f"C{k % 10}" for k in at], marker=["osD^vPX*"[k % 8] for k in at])
+    return figures_regimes.quadrants(rows, f"paired by seed, {counted({e.n for e in rows.better})}")
 
 
 def checkpoints(found: Mapping[str, list[Results]]) -> Figure:

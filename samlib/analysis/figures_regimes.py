@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from samlib.analysis import regimes
 from samlib.analysis.figures import CHANCE, GREY, describe, figure, legend, lines, look, rho_axis
@@ -129,42 +130,58 @@ def rivals(results: Results) -> Figure:
     return describe(drawn, alt, results.caption(runs=finished(regimes.chosen(results)), note=note))
 
 
-def sharpness(results: Results) -> Figure:
-    """SAM's gain against its flatness, a panel a measure of normalized logits, a point a regime: minus SGD's, filled,
-    and minus those of SGD of fewer epochs, hollow. Left of zero is flatter, above it better."""
-    kinds = [kind for kind in SHARPNESS if "normalized" in kind]
-    own = regimes.sharpness_differences(results).get("SAM − SGD", pd.Series(dtype=object))
-    found = {True: pd.DataFrame({kind: own[kind] for kind in kinds if kind in own.index.get_level_values(0)})}
-    found[True]["test_accuracy"] = regimes.gains(regimes.chosen(results)).get("SAM − SGD")
+def flat_and_better(results: Results) -> pd.DataFrame:
+    """SAM minus SGD, and minus SGD of fewer epochs (`shorter`): a row a regime and `kind`, a measure of normalized logits,
+    with the Estimates `flat`, of sharpness, and `better`, of test accuracy, of as many pairs as a verdict needs. Raises
+    NotMeasured where there is none."""
+    own = regimes.sharpness_differences(results).get("SAM − SGD", pd.Series(dtype=object)).unstack("kind")
+    found = {False: own.assign(test_accuracy=regimes.gains(regimes.chosen(results)).get("SAM − SGD"))}
     with suppress(NotMeasured):
-        found[False] = regimes.beside_shorter(results)
-    found = {whole: table.map(lambda e: e if isinstance(e, Estimate) else Estimate()) for whole, table in found.items()}
-    points = [
-        (kind, whole, at, row[kind], row.test_accuracy)
-        for whole, table in found.items() for kind in kinds if kind in table for at, row in table.iterrows()
-        if row[kind].n >= LEAST and row.test_accuracy.n >= LEAST
-    ]  # fmt: skip
-    if not points:
+        found[True] = regimes.beside_shorter(results)
+    rows = [
+        {"kind": kind, "shorter": shorter, **dict(zip(REGIME, at, strict=True)), "flat": of[kind], "better": better}
+        for shorter, table in found.items()
+        for at, of in table.iterrows()
+        for kind in (kind for kind in table if "normalized" in kind)
+        if (better := of["test_accuracy"]).n >= LEAST and isinstance(of[kind], Estimate) and of[kind].n >= LEAST
+    ]
+    if not rows:
         raise NotMeasured(f"no regime of {results.study.title!r} has the sharpness of {LEAST} pairs of SAM and SGD")
-    data, noise = (sorted({at[k] for _, _, at, *_ in points}) for k in (0, 1))
-    drawn, [row] = figure(1, len(kinds), 4.0, sharey=True)
-    for panel, kind in zip(row, kinds, strict=True):
-        for _, whole, at, flat, better in (p for p in points if p[0] == kind):
-            style = {"color": f"C{data.index(at[0])}", "marker": "osD^"[noise.index(at[1]) % 4], "elinewidth": 0.8}
-            style |= {"label": setting_name(*at)} | ({} if whole else {"markerfacecolor": "white"})
-            ends = {"xerr": flat.half, "yerr": 100 * better.half}
-            panel.errorbar(flat.value, 100 * better.value, **ends, **style, linestyle="", markersize=6, capsize=2)
+    return pd.DataFrame(rows)
+
+
+def quadrants(rows: pd.DataFrame, note: str) -> Figure:
+    """A panel a kind of `flat_and_better`, a point a row with its `label`, `color` and `marker`, hollow where SGD has
+    fewer epochs: left of zero is flatter, above it better."""
+    kinds = [kind for kind in SHARPNESS if kind in set(rows.kind)]
+    drawn, [panels] = figure(1, len(kinds), 4.2, sharey=True)
+    for panel, kind in zip(panels, kinds, strict=True):
+        for row in rows[rows.kind == kind].itertuples():
+            style = {"color": row.color, "marker": row.marker, "label": row.label, "elinewidth": 0.8, "markersize": 6}
+            style |= {"markerfacecolor": "white"} if row.shorter else {}
+            ends = {"xerr": row.flat.half, "yerr": 100 * row.better.half, "capsize": 2}
+            panel.errorbar(row.flat.value, 100 * row.better.value, **ends, **style, linestyle="")
         panel.axhline(0, color=GREY, linewidth=1)
         panel.axvline(0, color=GREY, linewidth=1)
+        panel.xaxis.set_major_locator(MaxNLocator(6))
         panel.set(title=kind.removesuffix(", normalized logits"), xlabel="sharpness, nats: SAM minus SGD")
-    row[0].set_ylabel("test accuracy, points: SAM minus SGD")
-    legend(drawn, columns=3)
-    alt = "SAM minus SGD, and minus SGD of fewer epochs: test accuracy against sharpness. A point a regime."
-    note = "normalized logits; hollow: minus SGD of fewer epochs; 95 % intervals, of three pairs or more; left of zero "
-    note += f"is flatter, above better. {CHOSEN}"
-    shown, runs = {at for _, _, at, *_ in points}, finished(regimes.chosen(results).query("mix in ('sgd', 'sam')"))
-    runs = runs[[at in shown for at in zip(runs.data_fraction, runs.noise_fraction, strict=True)]]
-    return describe(drawn, alt, results.caption(runs=runs, note=note))
+    panels[0].set_ylabel("test accuracy, points: SAM minus SGD")
+    legend(drawn, columns=2 if rows.label.str.len().max() > 40 else 3)
+    alt = "SAM minus SGD, and minus SGD of fewer epochs: test accuracy against sharpness."
+    about = "hollow: minus SGD of fewer epochs; left of zero: flatter, above: better; normalized logits, 95 % intervals"
+    return describe(drawn, alt, f"{note}; {about}. {CHOSEN}")
+
+
+def sharpness(results: Results) -> Figure:
+    """SAM's gain against its flatness, a point a regime: `quadrants`."""
+    rows = flat_and_better(results)
+    looks = [sorted(set(rows[name])) for name in REGIME]
+    rows["label"] = [setting_name(*at) for at in zip(rows.data_fraction, rows.noise_fraction, strict=True)]
+    rows["color"] = [f"C{looks[0].index(data)}" for data in rows.data_fraction]
+    rows["marker"] = ["osD^"[looks[1].index(noise) % 4] for noise in rows.noise_fraction]
+    runs = finished(regimes.chosen(results).query("mix in ('sgd', 'sam')"))
+    names = [setting_name(*at) for at in zip(runs.data_fraction, runs.noise_fraction, strict=True)]
+    return quadrants(rows, results.caption(runs=runs[pd.Index(names).isin(rows.label)]))
 
 
 def sweep(results: Results) -> Figure:
