@@ -131,7 +131,7 @@ def rivals(results: Results) -> Figure:
 
 
 def flat_and_better(results: Results) -> pd.DataFrame:
-    """SAM minus SGD, and minus SGD of fewer epochs (`shorter`): a row a regime and `kind`, a measure of normalized logits,
+    """SAM minus SGD, and minus SGD of fewer epochs (`shorter`): a row a regime and measure of normalized logits (`kind`),
     with the Estimates `flat`, of sharpness, and `better`, of test accuracy, of as many pairs as a verdict needs. Raises
     NotMeasured where there is none."""
     own = regimes.sharpness_differences(results).get("SAM − SGD", pd.Series(dtype=object)).unstack("kind")
