@@ -131,7 +131,7 @@ def rivals(results: Results) -> Figure:
 
 
 def flat_and_better(results: Results) -> pd.DataFrame:
-    """SAM minus SGD, and minus SGD of fewer epochs (`shorter`): a row a regime and measure of normalized logits (`kind`),
+    """SAM minus SGD, and minus SGD of fewer epochs (`shorter`): a row a regime and `kind` (normalized logits alone),
     with the Estimates `flat`, of sharpness, and `better`, of test accuracy, of as many pairs as a verdict needs. Raises
     NotMeasured where there is none."""
     own = regimes.sharpness_differences(results).get("SAM − SGD", pd.Series(dtype=object)).unstack("kind")
@@ -151,24 +151,26 @@ def flat_and_better(results: Results) -> pd.DataFrame:
 
 
 def quadrants(rows: pd.DataFrame, note: str) -> Figure:
-    """A panel a kind of `flat_and_better`, a point a row with its `label`, `color` and `marker`, hollow where SGD has
-    fewer epochs: left of zero is flatter, above it better."""
+    """A panel a kind of `flat_and_better`, a point a row with its `label`, `color` and `marker`; where both SGDs are
+    there, hollow for that of fewer epochs. Left of zero is flatter, above it better."""
+    both, sgd = rows.shorter.nunique() > 1, "SGD of fewer epochs" if rows.shorter.all() else "SGD"
     kinds = [kind for kind in SHARPNESS if kind in set(rows.kind)]
     drawn, [panels] = figure(1, len(kinds), 4.2, sharey=True)
     for panel, kind in zip(panels, kinds, strict=True):
         for row in rows[rows.kind == kind].itertuples():
             style = {"color": row.color, "marker": row.marker, "label": row.label, "elinewidth": 0.8, "markersize": 6}
-            style |= {"markerfacecolor": "white"} if row.shorter else {}
+            style |= {"markerfacecolor": "white"} if both and row.shorter else {}
             ends = {"xerr": row.flat.half, "yerr": 100 * row.better.half, "capsize": 2}
             panel.errorbar(row.flat.value, 100 * row.better.value, **ends, **style, linestyle="")
         panel.axhline(0, color=GREY, linewidth=1)
         panel.axvline(0, color=GREY, linewidth=1)
         panel.xaxis.set_major_locator(MaxNLocator(6))
-        panel.set(title=kind.removesuffix(", normalized logits"), xlabel="sharpness, nats: SAM minus SGD")
-    panels[0].set_ylabel("test accuracy, points: SAM minus SGD")
+        panel.set(title=kind.removesuffix(", normalized logits"), xlabel=f"sharpness, nats: SAM minus {sgd}")
+    panels[0].set_ylabel(f"test accuracy, points: SAM minus {sgd}")
     legend(drawn, columns=2 if rows.label.str.len().max() > 40 else 3)
     alt = "SAM minus SGD, and minus SGD of fewer epochs: test accuracy against sharpness."
-    about = "hollow: minus SGD of fewer epochs; left of zero: flatter, above: better; normalized logits, 95 % intervals"
+    about = "hollow: minus SGD of fewer epochs; " * both + "left of zero: flatter, above: better; 95 % intervals; "
+    about += "random directions of 5 % of each tensor's norm, ascent of one radius, logits normalized"
     return describe(drawn, alt, f"{note}; {about}. {CHOSEN}")
 
 
