@@ -166,7 +166,7 @@ def quadrants(rows: pd.DataFrame, note: str) -> Figure:
         panel.axvline(0, color=GREY, linewidth=1)
         panel.xaxis.set_major_locator(MaxNLocator(6))
         panel.set(title=kind.removesuffix(", normalized logits"), xlabel=f"sharpness, nats: SAM minus {sgd}")
-    panels[0].set_ylabel(f"test accuracy, points: SAM minus {sgd}")
+    panels[0].set_ylabel(f"test accuracy, points:\nSAM minus {sgd}")
     legend(drawn, columns=2 if rows.label.str.len().max() > 40 else 3)
     alt = "SAM minus SGD, and minus SGD of fewer epochs: test accuracy against sharpness."
     about = "hollow: minus SGD of fewer epochs; " * both + "left of zero: flatter, above: better; 95 % intervals; "
