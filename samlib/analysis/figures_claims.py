@@ -2,7 +2,7 @@
 
 They take the columns of `claim.columns`; studies whose runs are not of that kind are left out."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 
 import numpy as np
@@ -42,10 +42,14 @@ def counted(sizes: set[int]) -> str:
     return f"n={min(sizes)}" + f" to {max(sizes)}" * (len(sizes) > 1)
 
 
+def datasets(studies: Iterable[Results]) -> str:
+    return "; ".join(f"{results.study.name}: {results.study.dataset}" for results in studies)
+
+
 def rivals(found: Mapping[str, list[Results]]) -> Figure:
     """Test accuracy at each study's strongest label noise, a row a data size: SGD, SGD of fewer epochs, SAM, SGD with
     augmentation, and SGD with clean labels. Raises NotMeasured where no study has flipped labels and SAM."""
-    rows, data = {}, {}
+    rows, shown = {}, {}
     for results in each_study(found):
         with suppress(NotMeasured):
             table = regimes.levels(results)
@@ -55,7 +59,7 @@ def rivals(found: Mapping[str, list[Results]]) -> Figure:
                 if {"SGD", "SAM"} <= {*there.index}:
                     name = f"{results.study.name}: {100 * size:g} % of the data{augmented}, {100 * noise:g} % flipped"
                     rows[f"{name} ({counted({e.n for e in there})})"] = there
-                    data[results.study.name] = results.study.dataset
+                    shown[results.study.name] = results
     if not rows:
         raise NotMeasured("no study has finished runs of SGD and SAM with flipped labels")
     drawn, [[axes]] = figures.figure(height=1.6 + 0.45 * len(rows))
@@ -69,8 +73,10 @@ def rivals(found: Mapping[str, list[Results]]) -> Figure:
     axes.set(ylim=(len(rows) - 0.5, -0.5), xlabel="test accuracy at the end, %")
     axes.grid(False, axis="y")
     figures.legend(drawn, columns=3)
-    caption = "; ".join(f"{name}: {dataset}" for name, dataset in data.items())
-    caption += ". Means and 95 % intervals over seeds; of several ρ, and of several numbers of epochs where these are "
+    caption = (
+        datasets(shown.values())
+        + ". Means and 95 % intervals over seeds; of several ρ, and of several numbers of epochs where these are "
+    )
     caption += "fewer, the one that is best on held-out training images"
     alt = "Test accuracy with flipped labels of SGD and SAM, beside what else helps SGD."
     return figures.describe(drawn, alt, caption)
@@ -79,12 +85,13 @@ def rivals(found: Mapping[str, list[Results]]) -> Figure:
 def flatness(found: Mapping[str, list[Results]]) -> Figure:
     """SAM's gain over SGD of fewer epochs against its flatness beside that, at each study's strongest label noise: a
     point a study and data size, see figures_regimes.quadrants. Raises NotMeasured where no study has any."""
-    parts = []
+    parts, shown = [], []
     for results in each_study(found):
         with suppress(NotMeasured):
             rows = figures_regimes.flat_and_better(results)
             rows = rows[rows.shorter & (rows.noise_fraction == rows.noise_fraction.max())]
             label = [setting_name(*at) for at in zip(rows.data_fraction, rows.noise_fraction, strict=True)]
+            shown += [results] * bool(len(rows))
             parts.append(
                 rows.assign(
                     label=[f"{results.study.name}: {at} (n={e.n})" for at, e in zip(label, rows.better, strict=True)]
@@ -95,13 +102,13 @@ def flatness(found: Mapping[str, list[Results]]) -> Figure:
         raise NotMeasured("no study has the sharpness of SAM and of SGD of fewer epochs")
     at = pd.factorize(rows.label)[0]
     rows = rows.assign(color=[f"C{k % 10}" for k in at], marker=["osD^vPX*"[k % 8] for k in at])
-    return figures_regimes.quadrants(rows, f"paired by seed, {counted({e.n for e in rows.better})}")
+    return figures_regimes.quadrants(rows, f"{datasets(shown)}. Paired by seed, {counted({e.n for e in rows.better})}")
 
 
 def checkpoints(found: Mapping[str, list[Results]]) -> Figure:
     """A panel a study with an ablation: test accuracy above SGD's of SAM, and of the updates whose checkpoints are
     shuffled in a control, with it. Raises NotMeasured where no study has such a control."""
-    panels, own = {}, ""  # by title; what has a ρ of its own
+    panels, studies, own = {}, [], ""  # by title; what has a ρ of its own
     for results in each_study(found):
         with suppress(NotMeasured):
             grid = regimes.grid(results, "ablation")
@@ -110,6 +117,7 @@ def checkpoints(found: Mapping[str, list[Results]]) -> Figure:
             of = estimates(rows, "difference", ("mix",))
             if any(mix.startswith("shuffled-") for mix in of.index):
                 panels[f"{results.study.name}\nρ = {rho:g}"] = of
+                studies.append(results)
                 other = rows[(rows.rho != rho) & ~rows.mix.str.startswith("shuffled-")].groupby("mix").rho.first()
                 own += "".join(f"; {mix_name(mix)} at ρ = {r:g} ({results.study.name})" for mix, r in other.items())
     if not panels:
@@ -128,7 +136,9 @@ def checkpoints(found: Mapping[str, list[Results]]) -> Figure:
         axes.set_xlabel("points above SGD")
     row[0].set_yticks(range(len(mixes)), [mix_name(mix) for mix in mixes])
     row[0].set_ylim(len(mixes) - 0.4, -0.6)
-    caption = "Test accuracy minus SGD's, paired by seed, mean and 95 % interval. Filled: SAM's gradient for the "
-    caption += "parameters of that checkpoint, SGD's for the others (SANER: SAM's, checkpoint 2's halved); hollow: the "
-    caption += f"same with as many random parameters of each layer. Dashed: SAM{own}"
+    caption = f"{datasets(studies)}. Test accuracy minus SGD's, paired by seed, mean and 95 % interval. Filled: SAM's "
+    caption += (
+        "gradient for the parameters of that checkpoint, SGD's for the others (SANER: SAM's, checkpoint 2's halved); "
+    )
+    caption += f"hollow: the same with as many random parameters of each layer. Dashed: SAM{own}"
     return figures.describe(drawn, "Each checkpoint alone beside as many random parameters, above SGD.", caption)
