@@ -103,6 +103,8 @@ def test_checkpoint_2_carries_the_flips_where_it_has_more_than_as_many_at_random
     rows = ledger(results, "08_label_noise").loc["checkpoint2_carries_the_flips"]
     sets = rows[rows.comparison.str.contains("set the direction")]
     assert set(sets.verdict) == {verdict} and len(sets) == 8  # SAM at three ρ, and SGD; all of it and the last third
+    alone = ledger(results, "08_label_noise").loc["checkpoint2_alone_carries_the_flips"]
+    assert set(alone.verdict) == {verdict} and len(alone) == 16  # 2 above chance and the others below, or the reverse
 
 
 def test_saner_is_compared_at_one_rho_and_each_at_its_own(tmp_path):
