@@ -184,6 +184,40 @@ def test_sams_number_of_epochs_is_chosen_with_its_rho_and_one_that_is_not_finish
     assert "SAM's: 4 at ρ = 0.2 (100 % of the data, 40 % flipped)" in caption
 
 
+def test_each_has_the_learning_rate_epochs_and_rho_that_held_out_images_choose_together(tmp_path):
+    """SGD at a rate of 0.2 with 4 epochs, SAM at 0.05 with ρ = 0.2: a factor at a time would choose others."""
+    sgd = {"seed": list(SEEDS), "noise_fraction": 0.4, "mix": "sgd", "lr": [0.05, 0.2], "epochs": [2, 4]}
+    sam = sgd | {"mix": "sam", "epochs": 10, "rho": [0.1, 0.2]}
+    study = Study.load(write_study(tmp_path / "s.yaml", GRIDS | {"rates": [sgd, sam]}, BASE))
+    of_sgd = {(0.2, 4): 0.8, (0.2, 2): 0.1, (0.05, 4): 0.1, (0.05, 2): 0.7, (0.1, 2): 0.75}
+    of_sam = {(0.05, 0.2): 0.9, (0.05, 0.1): 0.2, (0.1, 0.1): 0.85, (0.1, 0.2): 0.2}
+    test = {("sgd", 0.2, 4, 0.1): 0.6, ("sam", 0.05, 10, 0.2): 0.63}  # others test better, which chooses nothing
+    rates = set(study.configs("rates"))
+    for config in set(study.configs()) - rates:
+        write_run(tmp_path / "runs", config, rows(config), **numbers(config))
+    before = load(study, tmp_path / "runs")
+    with pytest.raises(NotMeasured, match="rates"):
+        regimes.own_rate(before)
+    assert "each at its own learning rate" not in regimes.rivals(before)
+    shutil.rmtree(tmp_path / "runs")
+    for config in study.configs():
+        at = (config.lr, config.epochs) if config.mix == "sgd" else (config.lr, config.rho)
+        held = (of_sgd if config.mix == "sgd" else of_sam).get(at, 0.3)
+        own = test.get((config.mix, config.lr, config.epochs, config.rho), 0.9) + 0.01 * config.seed
+        write_run(tmp_path / "runs", config, **numbers(config) | {"validation_accuracy": held, "test_accuracy": own})
+    results = load(study, tmp_path / "runs")
+    for mix, setting in (("sgd", {(4, 0.2, 0.1)}), ("sam", {(10, 0.05, 0.2)})):
+        found = regimes.own_rate(results, mix)
+        assert {*zip(found.epochs, found.lr, found.rho, strict=True)} == setting and len(found) == len(SEEDS)
+    e = regimes.rivals(results)["each at its own learning rate"][1.0, 0.4, "SAM − SGD"]
+    assert (e.value, e.n) == (pytest.approx(0.03), 3)
+    [claim] = [c for c in claims("05_data_regimes") if c.name == "sam_beats_sgd_each_at_its_own_rate"]
+    assert [(f.where, f.verdict) for f in claim.findings(results)] == [("100 % of the data, 40 % flipped", HOLDS)]
+    caption = " ".join(figures_regimes.rivals(results).get_supxlabel().split())
+    assert "SGD's 4 at a rate of 0.2 (100 % of the data, 40 % flipped)" in caption
+    assert "SAM's 10 at a rate of 0.05 and ρ = 0.2 (100 % of the data, 40 % flipped)" in caption
+
+
 def test_sams_flatness_is_compared_with_that_of_sgd_of_fewer_epochs(results, tmp_path):
     table = regimes.beside_shorter(results)
     assert [*table.index] == [(1.0, 0.4)] and "SGD of fewer epochs" in regimes.rivals(results)

@@ -151,6 +151,10 @@ each("sam_beats_sgd_both_of_fewer_epochs", "SAM's gain is more than a shorter tr
      "test accuracy, SAM minus SGD, each of its number of epochs, as many or fewer, and SAM at its ρ, that are best on "
      f"held-out training images, paired by seed (added after the first numbers): {ABOVE}",
      over("both of fewer epochs"), ASKED, above=0)  # fmt: skip
+each("sam_beats_sgd_each_at_its_own_rate", "SAM's gain is more than a learning rate and a training of its own give SGD",
+     "test accuracy, SAM minus SGD, each of its learning rate and number of epochs, as many or fewer, and SAM at its "
+     f"ρ, that are best on held-out training images, paired by seed (the rule before its runs): {ABOVE}",
+     over("each at its own learning rate"), ASKED, above=0)  # fmt: skip
 each("sam_beats_sgd_with_augmentation", "SAM beats SGD with the document's augmentation as well",
      f"{GAIN}, crops and flips as in the document, each regime: {ABOVE}", augmented, ASKED, above=0)  # fmt: skip
 each("sam_beats_sgd_with_crops_and_flips", "SAM's gain is more than augmentation gives SGD",

@@ -93,14 +93,18 @@ def heatmap(results: Results) -> Figure:
     return describe(drawn, alt, results.caption(runs=finished(runs), note=note))
 
 
-def number_of_epochs(runs: pd.DataFrame) -> str:
-    """That of SGD, or of a mix with its ρ, in each regime."""
+def number_of_epochs(runs: pd.DataFrame, rate: bool = False) -> str:
+    """That of SGD, or of a mix with its ρ, in each regime, and the learning rate."""
     first = [(setting_name(*at), of) for at, of in runs.groupby(list(REGIME)).first().iterrows()]
-    return "; ".join(f"{of.epochs}{'' if of.mix == 'sgd' else f' at ρ = {of.rho:g}'} ({where})" for where, of in first)
+    found = []
+    for where, of in first:
+        at = [f"a rate of {of.lr:g}"] * rate + [f"ρ = {of.rho:g}"] * (of.mix != "sgd")
+        found.append(" at ".join([str(of.epochs), *[" and ".join(at)] * bool(at)]) + f" ({where})")
+    return "; ".join(found)
 
 
 def rivals(results: Results) -> Figure:
-    """Each mix's gain over SGD, and over SGD stopped early, of fewer epochs, of twice as many, or with augmentation."""
+    """Each mix's gain over SGD, and over each of `regimes.rivals`."""
     table = regimes.rivals(results)
     names = list(dict.fromkeys(table.index.get_level_values("difference")))
     cells = sorted({key[:2] for key in table.index}, reverse=True)
@@ -126,6 +130,9 @@ def rivals(results: Results) -> Figure:
         note += ", as is the number of fewer epochs: " + number_of_epochs(regimes.shorter(results))
     if "both of fewer epochs" in table:
         note += "; SAM's: " + number_of_epochs(regimes.shorter(results, "sam"))
+    if "each at its own learning rate" in table:
+        sgd, sam = (number_of_epochs(regimes.own_rate(results, mix), rate=True) for mix in ("sgd", "sam"))
+        note += f"; epochs of each at its own learning rate: SGD's {sgd}; SAM's {sam}"
     note = f"{note}. {CHOSEN}".removeprefix(". ")
     return describe(drawn, alt, results.caption(runs=finished(regimes.chosen(results)), note=note))
 

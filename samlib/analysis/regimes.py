@@ -1,8 +1,8 @@
 """The first document's tables, by data fraction and label noise, and Experiment 4's large batches.
 
 They read a study's grids by role (see `grid`): "regimes", "twice" (SGD, twice the epochs), "shorter" (fewer),
-"sweep" or "rho", "augmented", "ablation", "batch". Where "regimes" has a mix at several ρ, each regime's is the one
-that is best on its held-out training images.
+"sweep" or "rho", "rates" (other learning rates), "augmented", "ablation", "batch". Where "regimes" has a mix at several
+ρ, each regime's is the one that is best on its held-out training images.
 """
 
 from collections.abc import Iterator, Sequence
@@ -104,22 +104,38 @@ def interaction(results: Results, over: str) -> pd.Series:
     return estimates(rest.assign(difference=rest.difference - plain), "difference", REGIME)
 
 
-@once
-def shorter(results: Results, mix: str = "sgd") -> pd.DataFrame:
-    """A mix's runs of that number of epochs, as many as the regime's own or fewer, and of that ρ, which are best on
-    held-out images, over the seeds that all have. Unlike a long run that is stopped, each ends with its learning rate
-    at zero. Raises NotMeasured where it has one number of epochs in every regime."""
+def best(results: Results, mix: str, grids: Sequence[str], field: str, words: str) -> pd.DataFrame:
+    """A mix's planned runs of these grids with that number of epochs, as many as the regime's own or fewer, learning
+    rate and ρ which are best on held-out images, over the seeds that all have. Raises NotMeasured where it has one
+    value of a field in every regime. words: the field's."""
     longest, found = chosen(results).groupby(list(REGIME)).epochs.max(), []
-    every = pd.concat([results.planned(grid(results, role)) for role in ("regimes", "shorter")])
-    for regime, runs in every.groupby(list(REGIME)):
+    for regime, runs in pd.concat([results.planned(name) for name in grids]).groupby(list(REGIME)):
         runs = trainings(runs[(runs.mix == mix) & (runs.epochs <= longest.get(regime, 0))])
-        runs = runs.assign(setting=runs.groupby(["epochs"] if mix == "sgd" else ["epochs", "rho"]).ngroup())
-        accuracies = held_out(runs, mix, "setting").mean()
-        if runs.epochs[runs.setting.isin(accuracies.index)].nunique() > 1:
+        runs = runs.assign(setting=runs.groupby(["epochs", "lr"] + ["rho"] * (mix != "sgd")).ngroup())
+        accuracies = held_out(runs, mix, "setting").mean().round(9)
+        if runs[field][runs.setting.isin(accuracies.index)].nunique() > 1:
             found.append(runs[runs.setting == accuracies.idxmax()].drop(columns="setting"))
     if not found:
-        raise NotMeasured(f"in each regime {mix_name(mix)} of {results.study.title!r} has one number of epochs")
+        raise NotMeasured(f"in each regime {mix_name(mix)} of {results.study.title!r} has one {words}")
     return pd.concat(found)
+
+
+@once
+def shorter(results: Results, mix: str = "sgd") -> pd.DataFrame:
+    """The `best` over numbers of epochs, and ρ. Unlike a long run that is stopped, each ends with its learning rate at
+    zero."""
+    grids = [grid(results, role) for role in ("regimes", "shorter")]
+    return best(results, mix, grids, "epochs", "number of epochs")
+
+
+@once
+def own_rate(results: Results, mix: str = "sgd") -> pd.DataFrame:
+    """The `best` over learning rates, numbers of epochs and ρ."""
+    grids = [grid(results, "rates"), grid(results, "regimes")]
+    for roles in (("shorter",), ("sweep", "rho")):
+        with suppress(NotMeasured):
+            grids.append(grid(results, *roles))
+    return best(results, mix, grids, "lr", "learning rate")
 
 
 def twice(results: Results) -> pd.DataFrame:
@@ -138,7 +154,8 @@ def augmented(results: Results) -> pd.DataFrame:
 @once
 def rivals(results: Results) -> pd.DataFrame:
     """Each mix's gain beside what other means give SGD: stopping where it is best on held-out images, fewer epochs
-    (and what both have at fewer), twice as many, which is as many gradient evaluations, or augmentation."""
+    (and what both have at fewer, and each at its own learning rate), twice as many, which is as many gradient
+    evaluations, or augmentation."""
     runs = chosen(results)
     sgd, stopped = runs.mix == "sgd", runs.stopped_test_accuracy
     tables = {"last epoch": gains(runs)}
@@ -148,6 +165,9 @@ def rivals(results: Results) -> pd.DataFrame:
     with suppress(NotMeasured):
         tables["SGD of fewer epochs"] = gains(pd.concat([runs[~sgd], shorter(results)]), but=("epochs",))
         tables["both of fewer epochs"] = gains(pd.concat([shorter(results, "sam"), shorter(results)]), but=("epochs",))
+    with suppress(NotMeasured):
+        both = pd.concat([own_rate(results, "sam"), own_rate(results)])
+        tables["each at its own learning rate"] = gains(both, but=("epochs", "lr"))
     for name, rival, field in (("of twice the epochs", twice, "epochs"), ("with augmentation", augmented, "augment")):
         with suppress(NotMeasured):
             tables[f"SGD {name}"] = gains(pd.concat([runs[~sgd], rival(results)]), but=(field,))
