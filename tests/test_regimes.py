@@ -213,6 +213,13 @@ def test_each_has_the_learning_rate_epochs_and_rho_that_held_out_images_choose_t
     assert (e.value, e.n) == (pytest.approx(0.03), 3)
     [claim] = [c for c in claims("05_data_regimes") if c.name == "sam_beats_sgd_each_at_its_own_rate"]
     assert [(f.where, f.verdict) for f in claim.findings(results)] == [("100 % of the data, 40 % flipped", HOLDS)]
+    table = regimes.rates(results).droplevel([0, 1])
+    assert [*table.index.droplevel("rho")] == [
+        ("sgd", 0.05, 2), ("sgd", 0.1, 2), ("sgd", 0.2, 4), ("sam", 0.05, 10), ("sam", 0.1, 10),
+        ("sam", 0.2, 10),
+    ]  # fmt: skip
+    assert [*table.chosen] == ["", "", "✔", "✔", "", ""] and [*table.index.get_level_values("rho")[3:5]] == [0.2, 0.1]
+    assert table.validation_accuracy.iloc[0].value == pytest.approx(0.7)
     caption = " ".join(figures_regimes.rivals(results).get_supxlabel().split())
     assert "SGD's 4 at a rate of 0.2 (100 % of the data, 40 % flipped)" in caption
     assert "SAM's 10 at a rate of 0.05 and ρ = 0.2 (100 % of the data, 40 % flipped)" in caption

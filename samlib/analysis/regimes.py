@@ -104,18 +104,19 @@ def interaction(results: Results, over: str) -> pd.Series:
     return estimates(rest.assign(difference=rest.difference - plain), "difference", REGIME)
 
 
-def best(results: Results, mix: str, grids: Sequence[str], field: str, words: str) -> pd.DataFrame:
-    """A mix's planned runs of these grids with that number of epochs, as many as the regime's own or fewer, learning
-    rate and ρ which are best on held-out images, over the seeds that all have. Raises NotMeasured where it has one
-    value of a field in every regime. words: the field's."""
+def best(results: Results, mix: str, runs: pd.DataFrame, *fields: str) -> pd.DataFrame:
+    """Of these runs a mix's with that number of epochs, as many as the regime's own or fewer, learning rate and ρ which
+    are best on held-out images, over the seeds that all have: in each regime where one of the fields varies, if any is
+    named. Raises NotMeasured where there is none."""
     longest, found = chosen(results).groupby(list(REGIME)).epochs.max(), []
-    for regime, runs in pd.concat([results.planned(name) for name in grids]).groupby(list(REGIME)):
-        runs = trainings(runs[(runs.mix == mix) & (runs.epochs <= longest.get(regime, 0))])
-        runs = runs.assign(setting=runs.groupby(["epochs", "lr"] + ["rho"] * (mix != "sgd")).ngroup())
-        accuracies = held_out(runs, mix, "setting").mean().round(9)
-        if runs[field][runs.setting.isin(accuracies.index)].nunique() > 1:
-            found.append(runs[runs.setting == accuracies.idxmax()].drop(columns="setting"))
+    for regime, part in runs[runs.mix == mix].groupby(list(REGIME)):
+        part = trainings(part[part.epochs <= longest.get(regime, 0)])
+        part = part.assign(setting=part.groupby(["epochs", "lr"] + ["rho"] * (mix != "sgd")).ngroup())
+        accuracies = held_out(part, mix, "setting").mean().round(9)
+        if not fields or (part.loc[part.setting.isin(accuracies.index), [*fields]].nunique() > 1).any():
+            found.append(part[part.setting == accuracies.idxmax()].drop(columns="setting"))
     if not found:
+        words = " and ".join({"epochs": "number of epochs", "lr": "learning rate"}.get(f, "ρ") for f in fields)
         raise NotMeasured(f"in each regime {mix_name(mix)} of {results.study.title!r} has one {words}")
     return pd.concat(found)
 
@@ -124,18 +125,36 @@ def best(results: Results, mix: str, grids: Sequence[str], field: str, words: st
 def shorter(results: Results, mix: str = "sgd") -> pd.DataFrame:
     """The `best` over numbers of epochs, and ρ. Unlike a long run that is stopped, each ends with its learning rate at
     zero."""
-    grids = [grid(results, role) for role in ("regimes", "shorter")]
-    return best(results, mix, grids, "epochs", "number of epochs")
+    return best(results, mix, results.planned([grid(results, role) for role in ("regimes", "shorter")]), "epochs")
+
+
+def of_all_rates(results: Results) -> pd.DataFrame:
+    grids = [grid(results, "rates"), grid(results, "regimes")]
+    for roles in (("shorter",), ("sweep", "rho")):
+        with suppress(NotMeasured):
+            grids.append(grid(results, *roles))
+    return results.planned(grids)
 
 
 @once
 def own_rate(results: Results, mix: str = "sgd") -> pd.DataFrame:
     """The `best` over learning rates, numbers of epochs and ρ."""
-    grids = [grid(results, "rates"), grid(results, "regimes")]
-    for roles in (("shorter",), ("sweep", "rho")):
-        with suppress(NotMeasured):
-            grids.append(grid(results, *roles))
-    return best(results, mix, grids, "lr", "learning rate")
+    return best(results, mix, of_all_rates(results), "lr")
+
+
+def rates(results: Results) -> pd.DataFrame:
+    """SGD and SAM at each learning rate, of that number of epochs, and ρ, which is `best` there, where they have
+    several: a row a regime, mix and rate; `chosen`: the best of all."""
+    rows, own = of_all_rates(results), pd.concat([own_rate(results, mix) for mix in ("sgd", "sam")])
+    by_rate = rows[rows.mix.isin(own.mix)].groupby(["mix", "lr"])
+    found = pd.concat([best(results, mix, part) for (mix, _), part in by_rate])
+    found = found[pd.MultiIndex.from_frame(found[[*REGIME]]).isin(pd.MultiIndex.from_frame(own[[*REGIME]]))]
+    found, by = found.assign(rho=found.rho.mask(found.mix == "sgd")), (*REGIME, "mix", "lr", "epochs", "rho")
+    values = [v for v in ("validation_accuracy", "test_accuracy", "memorized") if found[v].notna().any()]
+    table = pd.DataFrame({v: estimates(found, v, by) for v in values})
+    of_own = own.groupby([*REGIME, "mix"]).lr.first()
+    table = table.assign(chosen=["✔" if of_own.get(key[:3]) == key[3] else "" for key in table.index])
+    return table.loc[sorted(table.index, key=lambda key: (*key[:2], mix_order(key[2]), *key[3:]))]
 
 
 def twice(results: Results) -> pd.DataFrame:
