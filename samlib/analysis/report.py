@@ -21,7 +21,7 @@ from samlib.runs import write_atomic
 from samlib.study import Study, relative
 
 STUDIES = {
-    "quick": "studies/quick.yaml", "digits": "studies/digits.yaml", "laptop": "studies/laptop/*.yaml",
+    "quick": "studies/quick.yaml", "digits": "studies/digits*.yaml", "laptop": "studies/laptop/*.yaml",
     "paper": "studies/paper/*.yaml",
 }  # fmt: skip
 # The claims of the README's table, at most ten.
