@@ -220,6 +220,7 @@ def test_each_has_the_learning_rate_epochs_and_rho_that_held_out_images_choose_t
     ]  # fmt: skip
     assert [*table.chosen] == ["", "", "✔", "✔", "", ""] and [*table.index.get_level_values("rho")[3:5]] == [0.2, 0.1]
     assert table.validation_accuracy.iloc[0].value == pytest.approx(0.7)
+    assert not faults(figures_regimes.rates(results))
     caption = " ".join(figures_regimes.rivals(results).get_supxlabel().split())
     assert "SGD's 4 at a rate of 0.2 (100 % of the data, 40 % flipped)" in caption
     assert "SAM's 10 at a rate of 0.05 and ρ = 0.2 (100 % of the data, 40 % flipped)" in caption
@@ -338,6 +339,7 @@ def test_the_claims_say_what_the_made_up_numbers_mean(results):
 
 FIGURES = [figures_regimes.curves, figures_regimes.heatmap, figures_regimes.rivals, figures_regimes.sharpness,
            figures_regimes.sweep, figures_regimes.batches]  # fmt: skip
+LACKING = [figures_regimes.rates, regimes.rates]
 TABLES = [regimes.accuracy, regimes.tally, regimes.rivals, regimes.sharpness_differences, regimes.gap_correlations,
           regimes.sweep, regimes.augmentation, regimes.batch_means, regimes.beside_shorter]  # fmt: skip
 
@@ -352,7 +354,7 @@ def test_a_figure_can_be_read(results, function):
     )
 
 
-@pytest.mark.parametrize("function", FIGURES + TABLES, ids=lambda f: f.__module__[-7:] + "." + f.__name__)
+@pytest.mark.parametrize("function", FIGURES + TABLES + LACKING, ids=lambda f: f.__module__[-7:] + "." + f.__name__)
 def test_where_a_study_has_only_sgd_and_sam_on_clean_labels_what_lacks_says_so(root, tmp_path, function):
     grids = {"regimes": {"seed": [0, 1], "mix": ["sgd", "sam"], "data_fraction": [0.1, 0.2]}}
     study = Study.load(write_study(tmp_path / "s.yaml", grids, {"rho": 0.05}))

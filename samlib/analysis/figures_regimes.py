@@ -108,7 +108,8 @@ def rivals(results: Results) -> Figure:
     table = regimes.rivals(results)
     names = list(dict.fromkeys(table.index.get_level_values("difference")))
     cells = sorted({key[:2] for key in table.index}, reverse=True)
-    drawn, axes = figure(1, len(names), 1.4 + max(0.55, 0.11 * table.shape[1]) * len(cells), sharex=True, sharey=True)
+    height = max(1.2, max(0.55, 0.11 * table.shape[1]) * len(cells))
+    drawn, axes = figure(1, len(names), 1.4 + height, sharex=True, sharey=True)
     for panel, name in zip(axes[0], names, strict=True):
         panel.axvline(0, color=GREY, linewidth=1)
         for k, (rival, marker) in enumerate(zip(table, "os^vDPX", strict=False)):
@@ -196,19 +197,32 @@ def sharpness(results: Results) -> Figure:
 def sweep(results: Results) -> Figure:
     """Each mix over ρ: held-out accuracy, by which ρ is chosen, test accuracy and memorized flips."""
     table, name = regimes.sweep(results), regimes.grid(results, "sweep", "rho")
-    runs, panels = trainings(results.runs(name)).reset_index(names="run"), {}
-    mixes = {mix: runs[runs.mix == mix] for mix in in_order(table.index.get_level_values("mix"))}
-    for value in table.columns.drop("chosen"):
-        panels[NAMES[value]] = [(part, value, look(mix)) for mix, part in mixes.items()]
-    alt = "Accuracy and memorized labels over ρ, for each mix. The ρ that held-out training images choose is ringed."
-    note = "ringed: the ρ that the held-out images choose, whose labels are flipped as the others are"
-    drawn = lines(results, panels, "rho", "ρ", alt, note, sharey=False)
-    chosen = table[table.chosen != ""]
-    for panel, value in zip(drawn.axes, table.columns.drop("chosen"), strict=True):
+    runs = trainings(results.runs(name))
+    ringed = table[table.chosen != ""].reset_index()
+    return over(results, runs[runs.mix != "sgd"], "rho", "ρ", ringed)
+
+
+def rates(results: Results) -> Figure:
+    """SGD and SAM over their learning rate, each with the number of epochs, and ρ, that is best there."""
+    table = regimes.rates(results)
+    ringed = table[table.chosen != ""].reset_index()
+    note = "at each rate the number of epochs, and SAM's ρ, that the held-out images choose"
+    return over(results, finished(regimes.at_each_rate(results)), "lr", "learning rate", ringed, note)
+
+
+def over(results: Results, runs: pd.DataFrame, x: str, label: str, ringed: pd.DataFrame, note: str = "") -> Figure:
+    """Each mix over what is chosen, ρ or a learning rate: HELD_OUT, and a ring around what held-out images choose."""
+    runs, values = runs.reset_index(names="run"), [v for v in regimes.HELD_OUT if v in ringed]
+    mixes = {mix: runs[runs.mix == mix] for mix in in_order(runs.mix)}
+    panels = {NAMES[value]: [(part, value, look(mix)) for mix, part in mixes.items()] for value in values}
+    alt = f"Accuracy and memorized labels over {label}, for each mix. What held-out training images choose is ringed."
+    note = f"ringed: what the held-out images choose, whose labels are flipped as the others are; {note}"
+    drawn = lines(results, panels, x, label, alt, note.removesuffix("; "), sharey=False)
+    for panel, value in zip(drawn.axes, values, strict=True):
         panel.set_ylim(np.clip(panel.get_ylim(), -2, 103))
-        rho_axis(panel, sorted(table.index.get_level_values("rho").unique()))
-        y = [100 * e.value for e in chosen[value]]
-        panel.plot(chosen.index.get_level_values("rho"), y, "o", markersize=12, markerfacecolor="none", color=GREY)
+        rho_axis(panel, sorted(runs[x].unique()), label)
+        y = [100 * e.value for e in ringed[value]]
+        panel.plot(ringed[x], y, "o", markersize=12, markerfacecolor="none", color=GREY)
     return drawn
 
 

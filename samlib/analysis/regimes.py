@@ -29,6 +29,7 @@ from samlib.analysis.results import (
 from samlib.analysis.stats import Estimate, correlation_over_seeds, expected_by_chance, sign_count
 
 VALUES = ("test_accuracy", "eval_train_accuracy", "memorized", "memorized_chance", "corrected")
+HELD_OUT = ("validation_accuracy", "test_accuracy", "memorized")  # what chooses, and what stands beside it
 
 
 ROLES = {  # of the grid of a notebook
@@ -142,18 +143,23 @@ def own_rate(results: Results, mix: str = "sgd") -> pd.DataFrame:
     return best(results, mix, of_all_rates(results), "lr")
 
 
-def rates(results: Results) -> pd.DataFrame:
-    """SGD and SAM at each learning rate, of that number of epochs, and ρ, which is `best` there, where they have
-    several: a row a regime, mix and rate; `chosen`: the best of all."""
+@once
+def at_each_rate(results: Results) -> pd.DataFrame:
+    """SGD's and SAM's runs of that number of epochs, and ρ, which is `best` at their learning rate, where there are
+    several; `chosen`: whether the rate is the best."""
     rows, own = of_all_rates(results), pd.concat([own_rate(results, mix) for mix in ("sgd", "sam")])
     by_rate = rows[rows.mix.isin(own.mix)].groupby(["mix", "lr"])
     found = pd.concat([best(results, mix, part) for (mix, _), part in by_rate])
-    found = found[pd.MultiIndex.from_frame(found[[*REGIME]]).isin(pd.MultiIndex.from_frame(own[[*REGIME]]))]
-    found, by = found.assign(rho=found.rho.mask(found.mix == "sgd")), (*REGIME, "mix", "lr", "epochs", "rho")
-    values = [v for v in ("validation_accuracy", "test_accuracy", "memorized") if found[v].notna().any()]
-    table = pd.DataFrame({v: estimates(found, v, by) for v in values})
-    of_own = own.groupby([*REGIME, "mix"]).lr.first()
-    table = table.assign(chosen=["✔" if of_own.get(key[:3]) == key[3] else "" for key in table.index])
+    chosen_rates = own.groupby([*REGIME, "mix"]).lr.first()
+    rates = chosen_rates.reindex(pd.MultiIndex.from_frame(found[[*REGIME, "mix"]])).to_numpy()
+    return found.assign(chosen=found.lr == rates, rho=found.rho.mask(found.mix == "sgd"))[~np.isnan(rates)]
+
+
+def rates(results: Results) -> pd.DataFrame:
+    """`at_each_rate`: a row a regime, mix and rate, with its number of epochs and ρ."""
+    runs, by = at_each_rate(results), (*REGIME, "mix", "lr", "epochs", "rho", "chosen")
+    table = pd.DataFrame({v: estimates(runs, v, by) for v in HELD_OUT if runs[v].notna().any()})
+    table = table.reset_index("chosen").assign(chosen=lambda of: of.pop("chosen").map({True: "✔", False: ""}))
     return table.loc[sorted(table.index, key=lambda key: (*key[:2], mix_order(key[2]), *key[3:]))]
 
 
@@ -264,8 +270,7 @@ def sweep(results: Results) -> pd.DataFrame:
     """Each mix over ρ: held-out accuracy, by which one is chosen, test accuracy and memorized flips."""
     runs = trainings(results.planned(grid(results, "sweep", "rho")))
     runs = runs[runs.mix != "sgd"]
-    values = [v for v in ("validation_accuracy", "test_accuracy", "memorized") if runs[v].notna().any()]
-    table = pd.DataFrame({v: estimates(runs, v, ("mix", "rho")) for v in values})
+    table = pd.DataFrame({v: estimates(runs, v, ("mix", "rho")) for v in HELD_OUT if runs[v].notna().any()})
     return table.assign(chosen=["✔" if chosen_rho(runs, mix) == rho else "" for mix, rho in table.index])
 
 
