@@ -203,7 +203,7 @@ def columns(studies: Mapping[str, Results | str], root: str | Path = PUBLISHED) 
     pattern of its studies' files below the project. Studies without a run under the root are left out."""
     found = {name: [part] for name, part in studies.items() if isinstance(part, Results)}
     for name, pattern in studies.items():
-        for path in sorted(PROJECT.glob(pattern)) if isinstance(pattern, str) else ():
+        for path in sorted(PROJECT.glob(pattern), key=lambda path: path.stem) if isinstance(pattern, str) else ():
             with suppress(NotMeasured):
                 found.setdefault(name, []).append(load(path, root))
     return {name: parts for name, parts in found.items() if parts}

@@ -49,14 +49,15 @@ def datasets(studies: Iterable[Results]) -> str:
 def rivals(found: Mapping[str, list[Results]]) -> Figure:
     """Test accuracy at each study's strongest label noise, a row a data size: SGD, SGD of fewer epochs, SAM, SGD with
     augmentation, and SGD with clean labels. Raises NotMeasured where no study has flipped labels and SAM."""
-    rows, shown = {}, {}
+    rows, shown, seen = {}, {}, set()
     for results in each_study(found):
         with suppress(NotMeasured):
             table = regimes.levels(results)
             augmented = ", augmented" * bool(regimes.chosen(results).augment.all())
             for (size, noise), row in table[table.index.get_level_values(1) == table.index.levels[1].max()].iterrows():
                 there = row[[e.n > 0 for e in row]]
-                if {"SGD", "SAM"} <= {*there.index}:
+                if {"SGD", "SAM"} <= {*there.index} and (own := str([*row[["SGD", "SAM"]]])) not in seen:
+                    seen.add(own)  # studies may share runs
                     name = f"{results.study.name}: {100 * size:g} % of the data{augmented}, {100 * noise:g} % flipped"
                     rows[f"{name} ({counted({e.n for e in there})})"] = there
                     shown[results.study.name] = results
@@ -94,12 +95,15 @@ def flatness(found: Mapping[str, list[Results]]) -> Figure:
             shown += [results] * bool(len(rows))
             parts.append(
                 rows.assign(
-                    label=[f"{results.study.name}: {at} (n={e.n})" for at, e in zip(label, rows.better, strict=True)]
+                    study=results.study.name,
+                    label=[f"{results.study.name}: {at} (n={e.n})" for at, e in zip(label, rows.better, strict=True)],
                 )
             )
     rows = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+    rows = rows[~rows.astype(str).duplicated(["kind", "flat", "better"])] if parts else rows  # studies may share runs
     if rows.empty:
         raise NotMeasured("no study has the sharpness of SAM and of SGD of fewer epochs")
+    shown = [results for results in shown if results.study.name in set(rows.study)]
     at = pd.factorize(rows.label)[0]
     rows = rows.assign(color=[f"C{k % 10}" for k in at], marker=["osD^vPX*"[k % 8] for k in at])
     return figures_regimes.quadrants(rows, f"{datasets(shown)}. Paired by seed, {counted({e.n for e in rows.better})}")
