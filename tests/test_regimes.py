@@ -409,15 +409,17 @@ def test_a_cell_of_fewer_than_three_pairs_has_no_colour_and_no_point(root, tmp_p
     assert sorted(round(float(m[0].get_ydata()[0]), 4) for m in panel.containers) == [0.5, 1.0, 3.0]
 
 
-def test_a_point_of_the_figure_of_flatness_is_sams_difference_in_sharpness_and_accuracy(results):
+def test_a_point_of_the_figure_of_flatness_is_sams_difference_in_sharpness_and_accuracy(results, tmp_path):
     panel = figures_regimes.sharpness(results).axes[0]
     at = lambda marks: {tuple(np.round((m[0].get_xdata()[0], m[0].get_ydata()[0]), 4)) for m in marks}  # noqa: E731
     hollow = [m for m in panel.containers if m[0].get_markerfacecolor() == "white"]
     flat, better = -0.1, {(0.2, 0.0): 1.0, (0.2, 0.4): 3.0, (1.0, 0.0): 0.5, (1.0, 0.4): 1.5}
     assert at(m for m in panel.containers if m not in hollow) == {(flat, y) for y in better.values()}
     assert at(hollow) == {(round(flat - 0.05, 4), 1.3)}  # minus SGD of four epochs
-    drawn = figures_claims.flatness({"a": [results]})
+    shares = load(write_study(tmp_path / "shares.yaml", GRIDS, BASE), results.root)  # its runs, told once
+    drawn = figures_claims.flatness({"a": [results, shares]})
     assert not faults(drawn) and [at(panel.containers) for panel in drawn.axes] == [at(hollow)] * 2
+    assert [len(panel.containers) for panel in drawn.axes] == [1, 1]
 
 
 def test_missing_and_diverged_runs_are_in_no_mean_and_are_counted(root, tmp_path):

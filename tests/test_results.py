@@ -183,7 +183,7 @@ def test_rho_is_chosen_on_held_out_training_images_alone():
     assert math.isnan(chosen_rho(frame.assign(validation_accuracy=np.nan)))
     assert chosen_rho(frame[frame.rho == 0.1].assign(validation_accuracy=np.nan)) == 0.1
     assert math.isnan(chosen_rho(frame, "scale2x0.5"))
-    tied = swept((0, 0.1, 0.1), (1, 0.1, 0.2), (2, 0.1, 0.3), (0, 0.2, 0.3), (1, 0.2, 0.2), (2, 0.2, 0.1))
+    tied = swept((0, 0.1, 0.3), (1, 0.1, 0.2), (2, 0.1, 0.1), (0, 0.2, 0.1), (1, 0.2, 0.2), (2, 0.2, 0.3))
     assert chosen_rho(tied) == 0.1 and chosen_rho(tied.iloc[::-1]) == 0.1  # their means differ in the last bit
 
 

@@ -130,6 +130,7 @@ def shorter(results: Results, mix: str = "sgd") -> pd.DataFrame:
 
 
 def of_all_rates(results: Results) -> pd.DataFrame:
+    """The candidates of `own_rate`; raises NotMeasured where there is no grid of rates."""
     grids = [grid(results, "rates"), grid(results, "regimes")]
     for roles in (("shorter",), ("sweep", "rho")):
         with suppress(NotMeasured):

@@ -40,6 +40,7 @@ TABLES = {
     "SAM minus SGD of fewer epochs": regimes.beside_shorter,
     "Sharpness and the generalization gap": regimes.gap_correlations,
     "ρ": regimes.sweep,
+    "Learning rates": regimes.rates,
     "Augmentation": regimes.augmentation,
     "Batch size": regimes.batch_means,
 }
